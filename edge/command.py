@@ -1,0 +1,128 @@
+"""What every command does alike: flags from a NamedTuple, exit codes, the first line of output."""
+import argparse
+import difflib
+import errno
+import json
+import os
+import sys
+import traceback
+
+from edge import __version__
+from edge.errors import BadFile, EdgeError, OverBudget, UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        words = [w for w in message.replace(":", " ").split() if w.startswith("--")]
+        near = [m for w in words for m in difflib.get_close_matches(w, self._option_string_actions, 1)]
+        hint = " Did you mean %s?" % near[0] if near and "unrecognized" in message else ""
+        raise UsageError("%s.%s Type: %s --help" % (message, hint, self.prog))
+
+
+def _yes_no(parser, flag, default, text):
+    parser.add_argument(flag, dest=flag[2:].replace("-", "_"), action="store_true", default=None,
+                        help="%s (default %s)" % (text, "yes" if default else "no"))
+    parser.add_argument("--no-" + flag[2:], dest=flag[2:].replace("-", "_"), action="store_false",
+                        default=None, help=argparse.SUPPRESS)
+
+
+def parse(config_class, argv, prog, description, helps, choices=None, positional=None):
+    """Turn a NamedTuple class with defaults into flags and argv into an instance of it.
+
+    helps: dict field -> help text, one for every field; choices: dict field -> allowed values; positional: the
+    field that is given without a flag. A bool gives --x and --no-x. `--config FILE` reads fields from JSON first.
+    Raises UsageError for an unknown flag or key or a value of the wrong type."""
+    choices = choices or {}
+    defaults = config_class._field_defaults
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version="nanopatch " + __version__)
+    parser.add_argument("--config", default=None, metavar="FILE", help="read flags from a JSON file (a run's config.json)")
+    for name, default in defaults.items():
+        flag, text = "--" + name.replace("_", "-"), helps[name]
+        if isinstance(default, bool):
+            _yes_no(parser, flag, default, text)
+        elif name == positional:
+            parser.add_argument(name, nargs="?", default=None, help=text)
+        else:
+            parser.add_argument(flag, type=type(default), default=None, choices=choices.get(name),
+                                metavar=None if name in choices else type(default).__name__.upper(),
+                                help="%s (default %s)" % (text, "none" if default == "" else default))
+    given = vars(parser.parse_args(argv))
+    values = dict(defaults)
+    if given["config"]:
+        values.update(_from_json(given["config"], defaults, choices))
+    values.update({k: v for k, v in given.items() if v is not None and k in defaults})
+    return config_class(**values)
+
+
+def _from_json(path, defaults, choices):
+    stored = read_json(path, "a config")
+    if not isinstance(stored, dict):
+        raise UsageError("%s holds no object of flags; expected a run's config.json" % path)
+    for key, value in stored.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, 1)
+            raise UsageError("%s: unknown key %r%s" % (path, key, ", did you mean %r?" % near[0] if near else ""))
+        kind = type(defaults[key])
+        if kind is float and type(value) is int:
+            stored[key] = float(value)
+        elif type(value) is not kind:
+            raise UsageError("%s: %s is %r, expected %s" % (path, key, value, kind.__name__))
+        if key in choices and value not in choices[key]:
+            raise UsageError("%s: %s is %r, expected one of %s" % (path, key, value, ", ".join(choices[key])))
+    return stored
+
+
+def read_json(path, what):
+    """The object in a JSON file. Raises BadFile when it is missing, unreadable or no JSON."""
+    try:
+        with open(path, encoding="utf-8") as handle:
+            return json.load(handle)
+    except (OSError, ValueError) as exc:
+        raise BadFile("cannot read %s: %s: %s" % (what, path, exc)) from exc
+
+
+def say(text):
+    """A line for the person at the terminal: stderr, so that stdout holds results only."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def banner(command, device, backend):
+    say("nanopatch %s %s | device %s | backend %s" % (__version__, command, device, backend))
+
+
+def guarded(main):
+    """Wrap main(argv) so that errors end in one message and the documented exit code, never in a traceback
+    (unless --debug is among the arguments). Returns a function that returns the exit code."""
+    def run(argv=None):
+        argv = list(sys.argv[1:] if argv is None else argv)
+        try:
+            return main(argv) or 0
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of stdout has gone: nothing is lost
+            return 0
+        except Exception as exc:
+            if "--debug" in argv:
+                traceback.print_exc()
+            known = _known(exc)
+            say("error: %s" % known)
+            return known.exit_code
+    return run
+
+
+def _known(exc):
+    if isinstance(exc, EdgeError):
+        return exc
+    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BadFile("the disk is full, while writing %s. Free some space and type the command again"
+                       % (exc.filename or "a file"))
+    if isinstance(exc, (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError)):
+        return BadFile("cannot use %s: %s" % (exc.filename, exc.strerror))
+    if isinstance(exc, MemoryError):
+        return OverBudget("out of memory. Close other programs, or use a smaller --res or --patch")
+    return EdgeError("this is a bug in nanopatch: %s: %s. Type the command again with --debug and report it"
+                     % (type(exc).__name__, exc))

@@ -1,0 +1,103 @@
+"""The contract: the .json beside a model that says what the model takes, gives and was trained for.
+
+The schema is contract.schema.json. Nothing here trusts a file: sizes, hashes and names are checked before any
+runtime sees a byte of the model."""
+import hashlib
+import json
+import os
+
+from edge import schema
+from edge.command import read_json
+from edge.errors import BadFile, UsageError
+from edge.scores import Recipe
+
+SCHEMA_VERSION = 1
+GEOMETRY_VERSION = 1  # raised when edge.geometry changes what a coordinate means
+STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"]}
+
+
+def path_beside(model):
+    """The contract's path for the first stage's file `model`."""
+    return os.path.splitext(model)[0] + ".json"
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        for block in iter(lambda: handle.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write(path, contract):
+    """Check `contract` (dict) against the schema and write it, atomically."""
+    wrong = schema.violations(contract, schema.load("contract"))
+    assert not wrong, wrong
+    part = "%s.%d.part" % (path, os.getpid())
+    with open(part, "w", encoding="utf-8") as handle:
+        json.dump(contract, handle, indent=1, sort_keys=True)
+    os.replace(part, path)
+
+
+def load(model):
+    """Read and check the contract of the model file `model`. Returns (contract, {stage name: path}).
+
+    Raises UsageError when there is no such model, BadFile when the contract is missing, malformed, or disagrees
+    with the files beside it."""
+    if not os.path.isfile(model):
+        raise UsageError("no such model: %s. Make one: python -m export runs/train/last --out model.onnx" % model)
+    path = path_beside(model)
+    if not os.path.isfile(path):
+        raise BadFile("%s has no contract beside it; expected %s. Export the model again, or give --engine the first "
+                      "stage's file" % (model, path))
+    contract = read_json(path, "the contract")
+    wrong = schema.violations(contract, schema.load("contract"))
+    if not wrong:
+        wrong = _disagreements(contract, model)
+    if wrong:
+        raise BadFile("%s is not the contract of %s:\n  %s\nExport the model again: python -m export CHECKPOINT --out %s"
+                      % (path, model, "\n  ".join(wrong[:10]), model))
+    folder = os.path.dirname(model)
+    return contract, {stage["name"]: os.path.join(folder, stage["file"]) for stage in contract["stages"]}
+
+
+def _disagreements(contract, model):
+    wrong = []
+    names = [stage["name"] for stage in contract["stages"]]
+    if names != STAGES[contract["pipeline"]]:
+        wrong.append("stages are %s, a %s pipeline has %s" % (names, contract["pipeline"], STAGES[contract["pipeline"]]))
+    if (contract["overview"] is None) == (contract["pipeline"] == "patch"):
+        wrong.append("overview is %s in a %s pipeline" % (contract["overview"], contract["pipeline"]))
+    if contract["tile"]["overlap"] >= contract["tile"]["size"]:
+        wrong.append("tile overlap %(overlap)d is not smaller than the tile, %(size)d" % contract["tile"])
+    if contract["stages"][0]["file"] != os.path.basename(model):
+        wrong.append("its first stage is %s" % contract["stages"][0]["file"])
+    for stage in contract["stages"]:
+        file = os.path.join(os.path.dirname(model), stage["file"])
+        if not os.path.isfile(file):
+            wrong.append("%s is missing" % file)
+        elif sha256(file) != stage["sha256"]:
+            wrong.append("%s has other contents than the contract was written for (sha256)" % file)
+    return wrong
+
+
+def recipe(contract):
+    """The contract's Recipe: how its net wants its pixels."""
+    image, tile, overview = contract["image"], contract["tile"], contract["overview"]
+    return Recipe(image["resize"], image["resize_px"], tile["size"], tile["overlap"], tile["batch"],
+                  overview["size"] if overview else 0, tuple(image["mean"]), tuple(image["std"]))
+
+
+def check_tensors(stage, side, found):
+    """Compare what a runtime found in a file with the contract. side: 'inputs' or 'outputs'; found: dict
+    name -> (dtype name, shape list). Raises BadFile naming the first difference."""
+    for tensor in stage[side]:
+        got = found.get(tensor["name"])
+        want = (tensor["dtype"], list(tensor["shape"]))
+        if got != want:
+            raise BadFile("%s: %s %r is %s in the model, the contract says %s. Export the model again"
+                          % (stage["file"], side[:-1], tensor["name"], got, want))
+    extra = set(found) - {tensor["name"] for tensor in stage[side]}
+    if extra:
+        raise BadFile("%s has %s that its contract does not name: %s. Export the model again"
+                      % (stage["file"], side, ", ".join(sorted(extra))))

@@ -1,0 +1,82 @@
+"""Where results go: mask and overlay pictures, JSON lines. Masks are written band by band as they come."""
+import json
+import os
+import sys
+
+import numpy as np
+
+from edge import images
+from edge.errors import UsageError
+
+class Sinks:
+    """The outputs of one run. output: a folder (masks, overlays, results.jsonl), a .png (one mask), a .jsonl, or
+    '-' (JSON lines on stdout)."""
+
+    def __init__(self, output, palette, overlay):
+        self._palette, self._one_mask, self._folder, self._overlay = palette, None, None, overlay
+        self._lines, self._count = None, 0
+        if output == "-":
+            self._lines = sys.stdout
+        elif output.endswith((".png", ".jsonl")):
+            os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+            if output.endswith(".png"):
+                self._one_mask = output
+            else:
+                self._lines = open(output, "w", encoding="utf-8")
+        elif "." in os.path.basename(output.rstrip("/")) and not os.path.isdir(output):
+            raise UsageError("--output %s: expected a folder, a file ending in .png or .jsonl, or -" % output)
+        else:
+            os.makedirs(output, exist_ok=True)
+            self._folder = output
+            self._lines = open(os.path.join(output, "results.jsonl"), "w", encoding="utf-8")
+
+    def paths(self, frame):
+        """(mask path, overlay path) of a frame, None where none is written."""
+        if self._one_mask:
+            if self._count:
+                raise UsageError("--output %s is one file, but the input has more than one image; give a folder"
+                                 % self._one_mask)
+            return self._one_mask, os.path.splitext(self._one_mask)[0] + ".overlay.png" if self._overlay else None
+        if not self._folder:
+            return None, None
+        base = os.path.join(self._folder, frame.name)
+        return base + ".mask.png", base + ".overlay.png" if self._overlay else None
+
+    def write_bands(self, frame, picture, bands, lap):
+        """Write the mask of one frame, given as an iterator of label bands. Returns (mask path, overlay path,
+        pixels per class)."""
+        mask_path, overlay_path = self.paths(frame)
+        self._count += 1
+        counts = np.zeros(len(self._palette), np.int64)
+        size = (picture.height, picture.width)
+        behind = frame.open() if overlay_path else None  # a reader of its own: the net reads ahead of the overlay
+        mask = images.PngWriter(mask_path, size[0], size[1], 1, self._palette) if mask_path else None
+        over = images.PngWriter(overlay_path, size[0], size[1], 3) if overlay_path else None
+        try:
+            y = 0
+            for labels in bands:
+                counts += np.bincount(labels.ravel(), minlength=len(counts))
+                if mask:
+                    mask.write(labels)
+                if over:
+                    over.write(images.blend(behind.window(y, 0, y + len(labels), size[1]), labels, self._palette))
+                y += len(labels)
+                lap("write")
+        except BaseException:  # a half-written file must not look whole, whatever stopped it
+            for png in filter(None, (mask, over)):
+                png.abandon()
+            raise
+        for png in filter(None, (mask, over)):
+            png.finish()
+        lap("write")
+        return mask_path, overlay_path, counts
+
+    def write_line(self, result):
+        """One JSON object, on a line of its own."""
+        if self._lines:
+            self._lines.write(json.dumps(result, sort_keys=True) + "\n")
+            self._lines.flush()
+
+    def close(self):
+        if self._lines and self._lines is not sys.stdout:
+            self._lines.close()

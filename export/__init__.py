@@ -1,0 +1,1 @@
+"""From a checkpoint to files that edge-run can run. Importing does nothing."""

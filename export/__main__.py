@@ -1,0 +1,116 @@
+"""Export a checkpoint to ONNX with its contract, and check that the files give the trained net's answers."""
+import json
+import os
+import shutil
+import sys
+import tempfile
+from typing import NamedTuple
+
+from edge import contract, images
+from edge.command import banner, guarded, parse, say
+from edge.errors import BadFile, UsageError
+from edge.optional import need
+
+
+class ExportConfig(NamedTuple):
+    source: str = ""
+    out: str = ""
+    tile_batch: int = 1
+    tolerance: float = 1e-4
+    frames: str = ""
+    json: bool = False
+    debug: bool = False
+
+
+HELPS = {
+    "source": "a run folder (runs/train/last) or one of its checkpoints",
+    "out": "the file to write, ending in .onnx; further stages and the contract go beside it. None given: SOURCE/model.onnx",
+    "tile_batch": "tiles that go through the net together",
+    "tolerance": "largest difference of a score from the trained net's; beyond it nothing is written (exit code 4)",
+    "frames": "image, folder or glob to compare on; none given: the run's validation images",
+    "json": "print one JSON object on stdout at the end",
+    "debug": "show the traceback of an error",
+}
+PARITY_FRAMES = 2
+
+
+@guarded
+def main(argv):
+    config = parse(ExportConfig, argv, "python -m export", __doc__, HELPS, positional="source")
+    if not config.source:
+        raise UsageError("what shall be exported? Type: python -m export runs/train/last --out model.onnx")
+    if config.source.endswith(".onnx"):
+        raise UsageError("%s is exported already; this version writes ONNX only. Run it: edge-run --engine %s --input "
+                         "frame.png" % (config.source, config.source))
+    if config.tile_batch < 1 or config.tolerance <= 0:
+        raise UsageError("--tile-batch must be 1 or more and --tolerance above 0")
+    torch, _onnx, _ort = need("torch"), need("onnx"), need("onnxruntime")
+    from train_lite import checkpoint
+    path = checkpoint.find(config.source)
+    out = config.out or os.path.join(os.path.dirname(path), "model.onnx")
+    if not out.endswith(".onnx"):
+        raise UsageError("--out %s: expected a name ending in .onnx" % out)
+    from edge.backends import ort
+    banner("export", "cpu", "torch %s, %s" % (torch.__version__, ort.describe()))
+    report = export(path, out, config, ort)
+    say("next: edge-run --engine %s --input frame.png" % out)
+    if config.json:
+        print(json.dumps(report))
+    return 0
+
+
+def export(path, out, config, backend):
+    """Write the files of checkpoint `path` as `out`, all of them or none. Returns the report."""
+    from edge.pipeline import Segmenter
+    from export import parity, to_onnx
+    from train_lite import evaluate, state
+    from train_lite.config import mode_settings
+    net, trained, classes, tile, meta = state.restore(path)
+    settings = mode_settings(trained)
+    recipe = evaluate.recipe(settings, tile, config.tile_batch)
+    pipeline = to_onnx.pipeline_of(trained, settings.fusion)
+    frames = [(name, parity.frame_window(picture)) for name, picture in _frames(config, trained)]
+    folder = os.path.dirname(os.path.abspath(out))
+    os.makedirs(folder, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=".export-", dir=folder)
+    try:
+        made, files = to_onnx.write(scratch, os.path.splitext(os.path.basename(out))[0], to_onnx.folded(net), trained,
+                                    classes, recipe, pipeline)
+        with Segmenter(made, files, backend) as segmenter:
+            measured = parity.compare(net, segmenter, frames)
+        say("%s pipeline: %s" % (pipeline, ", ".join("%s %.1f MB" % (os.path.basename(f), os.path.getsize(f) / 1e6)
+                                                     for f in files.values())))
+        operators = sorted(set(sum((to_onnx.operators(f) for f in files.values()), [])))
+        say("operators: %s" % " ".join(operators))
+        parity.demand(measured, config.tolerance, out)
+        say("parity with torch on %s: scores differ by at most %.2g (allowed %.2g), class of %.4f %% of the pixels" % (
+            ", ".join(measured["frames"]), measured["max_abs_error"], config.tolerance, 100 * measured["changed_share"]))
+        made["parity"] = dict(measured, tolerance=config.tolerance, against="torch, by " + backend.describe())
+        made["trained"] = {"checkpoint": os.path.basename(path), "sha256": contract.sha256(path), "model": trained.model,
+                           "width": trained.width, "mode": trained.mode, "norm": meta["norm"], "step": meta["step"]}
+        for file in files.values():
+            os.replace(file, os.path.join(folder, os.path.basename(file)))
+        contract.write(contract.path_beside(os.path.join(folder, os.path.basename(out))), made)  # last: makes them valid
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {"out": out, "pipeline": pipeline, "operators": operators, "parity": made["parity"]}
+
+
+def _frames(config, trained):
+    """The (name, picture) to compare on: --frames, else validation images, else a test picture."""
+    from edge.sources import find_files, open_source
+    from train_lite import dataset
+    if config.frames:
+        return [(path, images.open_photo(path)) for path in find_files(config.frames)[:PARITY_FRAMES]]
+    data = trained.data or os.path.join("runs", "demo-%d" % trained.res)
+    try:
+        pairs = dataset.find_pairs(data, trained.val_share, trained.group_by)
+        chosen = [p for p in pairs if p.split == "val"] or pairs
+        return [(p.name, images.open_photo(p.image)) for p in chosen[:PARITY_FRAMES]]
+    except (BadFile, UsageError):
+        say("warning: the training data is not here (%s); comparing on a test picture. Give real ones with --frames" % data)
+        return [(f.origin, f.open()) for f in open_source("synthetic://1024x768", 1)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

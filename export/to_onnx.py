@@ -1,0 +1,99 @@
+"""Trained net -> ONNX stages and their contract."""
+import copy
+import inspect
+import os
+import warnings
+
+import torch
+from torch import nn
+
+from edge import __version__, contract
+from edge.optional import need
+from train_lite.models import FEATURES, norm
+
+OPSET = 13      # the last that TensorRT 8.2 documents
+IR_VERSION = 8  # the newest that ONNX Runtime 1.10 reads
+
+
+class Head(nn.Module):
+    """theta 2 with the interpolation of the global feature as two matrix products: no Resize, no GridSample."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, features, overview, rows, cols):
+        return self.net.score(features, overview, rows, cols)
+
+
+def pipeline_of(config, fusion):
+    """The contract's pipeline for a trained config: 'whole', 'tiled' or 'patch'."""
+    if fusion != "none":
+        return "patch"
+    return "whole" if config.mode in ("full", "down") else "tiled"
+
+
+def stages(net, pipeline, tile, batch):
+    """The graphs of a pipeline: list of (name, module, {input: example tensor}, output name)."""
+    pixels = torch.zeros(batch, 3, tile, tile)
+    if pipeline != "patch":
+        return [("net", net, {"pixels": pixels}, "scores")]
+    features, spread = torch.zeros(batch, FEATURES, tile, tile), torch.zeros(batch, tile, tile)
+    return [("encoder", net.encoder, {"pixels": pixels}, "features"),
+            ("head", Head(net), {"features": features, "overview": torch.zeros(1, FEATURES, tile, tile),
+                                 "rows": spread, "cols": spread}, "scores")]
+
+
+def folded(net):
+    """A copy of `net` in eval mode with every norm that can be folded in its convolution."""
+    net = copy.deepcopy(net).cpu().eval()
+    norm.fold(net)
+    return net
+
+
+def write_stage(path, module, inputs, output):
+    """Export one graph with static shapes. Returns the output's shape."""
+    onnx = need("onnx")
+    extra = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the tracer warns of Python numbers; shapes are static on purpose
+        shape = list(module(*inputs.values()).shape)
+        torch.onnx.export(module, tuple(inputs.values()), path, opset_version=OPSET, input_names=list(inputs),
+                          output_names=[output], do_constant_folding=True, **extra)
+    model = onnx.load(path)
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return shape
+
+
+def operators(path):
+    """Operator names of an ONNX file, each once, sorted."""
+    return sorted({node.op_type for node in need("onnx").load(path).graph.node})
+
+
+def _tensor(name, shape):
+    what = {"pixels": "(x / 255 - mean) / std, RGB", "rows": "0..1, each row sums to 1", "cols": "0..1, each row sums to 1",
+            "scores": "logits", "features": "any", "overview": "any"}
+    return {"name": name, "dtype": "float32", "shape": list(shape), "range": what[name]}
+
+
+def write(folder, stem, net, config, classes, recipe, pipeline):
+    """Write the stages STEM.onnx (and STEM.head.onnx) to `folder`. Returns (contract dict, {stage: path})."""
+    described, files = [], {}
+    for name, module, inputs, output in stages(net, pipeline, recipe.tile, recipe.batch):
+        file = "%s.onnx" % stem if not described else "%s.%s.onnx" % (stem, name)
+        path = files[name] = os.path.join(folder, file)
+        shape = write_stage(path, module, inputs, output)
+        described.append({"name": name, "file": file, "sha256": contract.sha256(path),
+                          "inputs": [_tensor(key, value.shape) for key, value in inputs.items()],
+                          "outputs": [_tensor(output, shape)]})
+    return {
+        "format": "nanopatch-contract", "schema_version": contract.SCHEMA_VERSION, "nanopatch": __version__,
+        "task": "segmentation", "pipeline": pipeline, "geometry_version": contract.GEOMETRY_VERSION, "stages": described,
+        "image": {"colour": "RGB", "mean": list(recipe.mean), "std": list(recipe.std), "resize": recipe.resize,
+                  "resize_px": recipe.resize_px},
+        "tile": {"size": recipe.tile, "overlap": recipe.overlap, "batch": recipe.batch},
+        "overview": {"size": recipe.overview, "fusion": config.global_patch} if recipe.overview else None,
+        "classes": [{"name": n, "colour": list(c)} for n, c in zip(classes.names, classes.palette)],
+    }, files

@@ -1,0 +1,1 @@
+"""What nanopatch knows about the board: memory now, health and set-up later. Standard library only."""

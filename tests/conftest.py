@@ -1,0 +1,63 @@
+"""Shared fixtures: a tiny data set, the commands run as a user runs them, the real data when it is there."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DATA = os.environ.get("NANOPATCH_DATA", os.path.join(os.path.dirname(ROOT), "shared", "data"))
+
+
+def real_data(name):
+    """Folder of a real set. Skips the test, saying so, when it is absent; in CI that is a failure."""
+    path = os.path.join(DATA, name)
+    if not os.path.isdir(path):
+        message = "the real set %s is not here; set NANOPATCH_DATA to the folder that holds it" % name
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+def command(*words, cwd=None, timeout=900, env=None):
+    """Run `python -m words...` in a process of its own. Returns it, with stdout and stderr as text."""
+    full = dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="2", **(env or {}))
+    done = subprocess.run([sys.executable, "-m"] + [str(w) for w in words], cwd=str(cwd) if cwd else None, env=full,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def write_set(folder, count=3, height=40, width=56, seed=0, classes=2):
+    """A set in the layout images + masks: noise with a bright disc that the mask marks. Returns the folder's path."""
+    rng = np.random.RandomState(seed)
+    for kind in ("images", "masks"):
+        os.makedirs(os.path.join(str(folder), kind), exist_ok=True)
+    y, x = np.ogrid[:height, :width]
+    for index in range(count):
+        image = rng.randint(0, 90, (height, width, 3)).astype(np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        for value in range(1, classes):
+            disc = np.hypot(y - rng.uniform(0, height), x - rng.uniform(0, width)) < rng.uniform(6, 14)
+            image[disc] = 120 + 100 * value // classes + image[disc] // 3
+            mask[disc] = value
+        Image.fromarray(image).save(os.path.join(str(folder), "images", "%02d.png" % index))
+        Image.fromarray(mask).save(os.path.join(str(folder), "masks", "%02d.png" % index))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A small trained and exported net: dict of folder, run, model, data. Made once, by the commands."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_set(folder / "set", count=5, height=96, width=120)
+    done = command("train_lite", "--data", data, "--res", 120, "--patch", 48, "--overlap", 16, "--width", 4, "--epochs", 6,
+                   "--freeze-at", 0.5, "--name", "run", "--out", folder / "runs", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    model = folder / "model.onnx"
+    done = command("export", folder / "runs" / "run", "--out", model, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return {"folder": folder, "run": folder / "runs" / "run", "model": model, "data": data}

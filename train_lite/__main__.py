@@ -1,0 +1,115 @@
+"""Train a net on images of any size, patch by patch. Without --data: makes a demo set and trains on it."""
+import json
+import os
+import sys
+import time
+
+from edge.command import banner, guarded, parse, read_json, say
+from edge.errors import UsageError
+from edge.optional import need
+from train_lite import dataset, demo, store
+from train_lite.config import CHOICES, HELPS, TrainConfig, check, mode_settings
+from train_lite.runfolder import RunFolder
+
+
+@guarded
+def main(argv):
+    config = parse(TrainConfig, argv, "python -m train_lite", __doc__, HELPS, CHOICES)
+    if config.resume:
+        config, run = _resumed(config, argv)
+    check(config)
+    torch, _ = need("torch"), need("tqdm")
+    from train_lite import loop, state
+    device = _device(torch, config)
+    banner("train_lite", device.type, "torch " + torch.__version__)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    data, stored, classes = _data(config)
+    problem = state.Problem(config, classes, *stored, device=device)
+    if config.resume:
+        start = state.State.load(run.last, problem)
+        run.rewind(start.step, start.epoch)
+    else:
+        start = state.State(problem)
+        run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.normpath(data)).replace(".csv", ""), config.mode))
+        if config.weights:
+            say("%d of %d tensors of the encoder from %s"
+                % (state.load_encoder(start.net, config.weights, config.allow_pickle) + (config.weights,)))
+    run.point_last()
+    _describe(problem, start, run)
+    began = time.time()
+    result = loop.train(problem, run, start)
+    return _report(config, problem, start, run, result, time.time() - began)
+
+
+def _resumed(flags, argv):
+    """The config and folder of the run to go on with."""
+    run = RunFolder(flags.resume)
+    if not os.path.isfile(run.config):
+        raise UsageError("--resume %s: expected a run folder, such as runs/train/last" % flags.resume)
+    extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in ("--resume", "--json", "--debug")]
+    if extra:
+        raise UsageError("--resume takes all settings from the run; leave out %s, or start a new run" % " ".join(extra))
+    run = RunFolder(os.path.realpath(flags.resume)) if os.path.islink(flags.resume) else run
+    config = TrainConfig(**dict(TrainConfig()._asdict(), **read_json(run.config, "the run's config")))
+    return config._replace(resume=flags.resume, json=flags.json, debug=flags.debug), run
+
+
+def _data(config):
+    """Pairs found, split, and brought into the tile store. Returns (path of the data, (train, val, test), Classes)."""
+    data, settings = config.data, mode_settings(config)
+    if not data:
+        data = demo.make(os.path.join("runs", "demo-%d" % config.res), config.res, config.demo_images)
+    pairs = dataset.find_pairs(data, config.val_share, config.group_by)
+    classes = dataset.read_classes(data, config)
+    folder = store.cache_folder(config, data)
+    side = settings.tile if settings.fusion != "none" else 0
+
+    def ingest(split, resize, px):
+        chosen = [pair for pair in pairs if pair.split == split]
+        return store.ingest(chosen, classes, resize, px, folder, config.cache_gb, side)
+
+    train = ingest("train", settings.resize, settings.resize_px)
+    if not train:
+        raise UsageError("--data %s has no training images" % data)
+    return data, (train, ingest("val", config.fit, config.res), ingest("test", config.fit, config.res)), classes
+
+
+def _device(torch, config):
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch (%s) sees no CUDA device. Use --device cpu, or install NVIDIA's wheel"
+                         % torch.__version__)
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _describe(problem, start, run):
+    config, settings = problem.config, problem.settings
+    say("%s width %d, %.2f M parameters | mode %s, %s gradient, global patch %s, patch %d px" % (
+        config.model, config.width, sum(p.numel() for p in start.net.parameters()) / 1e6, config.mode,
+        settings.gradient, settings.fusion, problem.tile))
+    say("%d train, %d val, %d test images | %d steps in %d epochs | run folder %s" % (
+        len(problem.train), len(problem.val), len(problem.test), problem.steps, config.epochs, run.path))
+
+
+def _report(config, problem, start, run, result, seconds):
+    """Score the best net on the test images, if any, and say where everything is."""
+    from train_lite.evaluate import evaluate
+    from train_lite.state import restore
+    summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_iou": start.best if problem.val else None,
+               "val": result, "test": None}
+    if problem.test:
+        best = restore(run.best)[0].to(problem.device)
+        summary["test"] = evaluate(best, problem.test, problem.recipe, len(problem.classes.names), problem.device)
+        say("test  IoU %.3f  F1 %.3f (best net, %d images)" % (
+            summary["test"]["pooled"]["iou"], summary["test"]["pooled"]["f1"], len(problem.test)))
+    with open(os.path.join(run.path, "summary.json"), "w", encoding="utf-8") as handle:
+        json.dump(summary, handle, indent=1)
+    say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))
+    say("next: python -m export %s --out model.onnx" % run.path)
+    if config.json:
+        print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What `python -m train_lite` can be told. One NamedTuple; its comments of unit are in HELPS."""
+from typing import NamedTuple
+
+from edge.errors import UsageError
+
+
+class TrainConfig(NamedTuple):
+    # data
+    res: int = 1024
+    fit: str = "long"
+    data: str = ""
+    classes: int = 1
+    ignore: int = 255
+    val_share: float = 0.2
+    group_by: str = ""
+    cache: str = ""
+    cache_gb: float = 16.0
+    demo_images: int = 0
+    # net
+    model: str = "unet"
+    width: int = 16
+    norm: str = "group"
+    freeze_at: float = 0.67
+    weights: str = ""
+    allow_pickle: bool = False
+    # patches
+    mode: str = "patch"
+    gradient: str = "sampled"
+    global_patch: str = "concat"
+    patch: int = 128
+    patches: int = 4
+    inner: int = 4
+    fill: str = "sample"
+    overlap: int = 32
+    # optimisation
+    epochs: int = 20
+    batch: int = 1
+    accumulation: int = 1
+    micro_batch: int = 0
+    lr: float = 3e-3
+    beta2: float = 0.999
+    warm_up: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    dice: float = 1.0
+    augment: bool = True
+    seed: int = 0
+    # run
+    name: str = ""
+    out: str = "runs/train"
+    resume: str = ""
+    save_every: float = 60.0
+    validate_every: int = 0
+    device: str = "auto"
+    threads: int = 0
+    json: bool = False
+    debug: bool = False
+
+
+HELPS = {
+    "res": "px, longer side at which images are trained on and evaluated",
+    "fit": "how an image comes to --res: long (longer side, shape kept), stretch (square, as published), none (as it is)",
+    "data": "folder or pairs.csv; none given: a demo set of the asked size is made and used",
+    "classes": "1: binary masks; N: masks hold ids 0..N-1. A classes.json in the data folder takes its place",
+    "ignore": "mask value that counts neither in loss nor in scores",
+    "val_share": "share of the training images held out, where the data has no val folder",
+    "group_by": "regular expression on image names; images with the same match stay on one side of the split",
+    "cache": "folder of the tile store; none given: .nanopatch in the data folder, or in the user's cache",
+    "cache_gb": "GB that the tile store may take; the oldest sets go first",
+    "demo_images": "images in the demo set; 0: as many as fit the size, 16 at 1024 px",
+    "model": "net of the encoder",
+    "width": "channels of the net's first level; 64 is the published size of both nets",
+    "norm": "normalisation: group (exact gradients), batch, frozen (fixed statistics, measured before the first step)",
+    "freeze_at": "share of the steps after which group norm is frozen so that it folds at export; 1: never",
+    "weights": "pretrained weights of the encoder: .safetensors, or .pth with torchvision's names",
+    "allow_pickle": "load a .pth on a torch without a safe loader (before 1.13): the file can run any code",
+    "mode": "patch; or the paper's comparisons: full (whole image), down (image shrunk to --patch), tiled (no global patch)",
+    "gradient": "sampled: --patches random patches per step (PatchGD); exact: the true gradient of the whole image",
+    "global_patch": "how the global feature joins the local ones",
+    "patch": "px, side of a patch, a multiple of 16",
+    "patches": "patches per image and inner iteration (sampled)",
+    "inner": "inner iterations per batch (sampled)",
+    "fill": "sampled, where the Dice sums come from: sample (the patches drawn), image (every patch, as published)",
+    "overlap": "px shared by neighbouring tiles when predicting",
+    "epochs": "passes over the training images",
+    "batch": "images per batch",
+    "accumulation": "inner iterations (sampled) or batches (exact) whose gradients make one step",
+    "micro_batch": "patches in memory at once; 0: 64 / width, between 1 and 8",
+    "lr": "peak learning rate of AdamW",
+    "beta2": "of AdamW; the warm-up lasts 2 / (1 - beta2) steps",
+    "warm_up": "share of the steps that the warm-up may last at most",
+    "weight_decay": "of AdamW",
+    "clip": "largest norm of the gradient; 0: no limit",
+    "dice": "weight of the Dice loss beside the cross-entropy",
+    "augment": "flip and quarter-turn whole images at random",
+    "seed": "of weights, data order, patches and augmentation",
+    "name": "of the run; none given: data, mode and time",
+    "out": "folder of the runs",
+    "resume": "run folder to go on with, exactly where it stopped; all other flags come from it",
+    "save_every": "seconds between checkpoints within an epoch",
+    "validate_every": "epochs between validations, the last epoch always has one; 0: about eight validations in all",
+    "device": "cpu, cuda or auto",
+    "threads": "CPU threads; 0: torch's choice",
+    "json": "print one JSON object on stdout at the end",
+    "debug": "show the traceback of an error",
+}
+
+CHOICES = {
+    "fit": ["long", "stretch", "none"],
+    "model": ["unet", "deeplabv3"],
+    "norm": ["group", "batch", "frozen"],
+    "mode": ["patch", "full", "down", "tiled"],
+    "gradient": ["sampled", "exact"],
+    "global_patch": ["concat", "add", "none"],
+    "fill": ["sample", "image"],
+    "device": ["auto", "cpu", "cuda"],
+}
+
+
+def check(config):
+    """Raise UsageError for a value out of range or for flags that exclude each other."""
+    least = {"res": 16, "classes": 1, "width": 4, "patch": 16, "patches": 1, "inner": 1, "overlap": 0, "epochs": 1,
+             "batch": 1, "accumulation": 1, "micro_batch": 0, "lr": 0.0, "clip": 0.0, "dice": 0.0, "cache_gb": 0.001,
+             "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "weight_decay": 0.0}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UsageError("--%s is %s, expected %s or more" % (name.replace("_", "-"), getattr(config, name), value))
+    for name, low, high in (("val_share", 0.0, 0.9), ("freeze_at", 0.0, 1.0), ("beta2", 0.0, 0.99999), ("warm_up", 0.0, 1.0)):
+        if not low <= getattr(config, name) <= high:
+            raise UsageError("--%s is %s, expected %s to %s" % (name.replace("_", "-"), getattr(config, name), low, high))
+    if config.patch % 16:
+        raise UsageError("--patch is %d; the nets halve it four times: take a multiple of 16, such as %d"
+                         % (config.patch, max(16, config.patch // 16 * 16)))
+    if config.overlap >= config.patch:
+        raise UsageError("--overlap is %d, expected less than --patch, %d" % (config.overlap, config.patch))
+    if config.width % 4:
+        raise UsageError("--width is %d, expected a multiple of 4, such as 16" % config.width)
+    if config.classes > 250:
+        raise UsageError("--classes is %d, expected 250 or fewer" % config.classes)
+    if config.demo_images and config.demo_images < 3:
+        raise UsageError("--demo-images is %d; a demo set needs 3 or more" % config.demo_images)
+
+
+class ModeSettings(NamedTuple):
+    """What a --mode means for the one loop."""
+    resize: str       # of the training images: a rule of edge.images.fitted_size
+    resize_px: int
+    tile: int         # px; 0: the whole image
+    fusion: str       # of the global patch
+    gradient: str
+    fill: str
+    overlap: int
+
+
+def mode_settings(config):
+    """Resolve --mode into ModeSettings; the loop, the evaluation and the export read these only."""
+    if config.mode == "full":
+        return ModeSettings(config.fit, config.res, 0, "none", "exact", "image", 0)
+    if config.mode == "down":
+        return ModeSettings("stretch", config.patch, config.patch, "none", "exact", "image", 0)
+    if config.mode == "tiled":
+        return ModeSettings(config.fit, config.res, config.patch, "none", "sampled", "sample", config.overlap)
+    return ModeSettings(config.fit, config.res, config.patch, config.global_patch, config.gradient, config.fill,
+                        config.overlap)
+
+
+def micro_batch(config):
+    return config.micro_batch or max(1, min(8, 64 // config.width))
+
+
+def validation_due(config, epoch):
+    """Whether epoch 1, 2, ... ends with a validation."""
+    return epoch == config.epochs or epoch % (config.validate_every or max(1, config.epochs // 8)) == 0

@@ -1,0 +1,185 @@
+"""Folders on disk -> pairs of image and mask, with their split and their classes. Reads no pixels."""
+import csv
+import os
+import re
+from typing import NamedTuple
+
+from edge.command import read_json
+from edge.errors import BadFile, UsageError, raise_all
+from edge.images import READABLE
+
+IGNORE = 255  # class id of pixels that count nowhere: unlabelled, or owned by another tile
+IMAGE_FOLDERS = ("image", "images", "JPEGImages")
+MASK_FOLDERS = ("mask", "masks", "labels", "SegmentationClass")
+LAYOUTS = """expected one of
+  DIR/train/image + DIR/train/mask (and val/..., test/...), DIR/images + DIR/masks,
+  Pascal VOC (JPEGImages, SegmentationClass, ImageSets/Segmentation), DIR/*/images + DIR/*/masks,
+  or a pairs.csv with the columns image,mask[,split]"""
+
+
+class Pair(NamedTuple):
+    name: str    # unique in the set
+    image: str   # path
+    mask: str    # path
+    split: str   # 'train' | 'val' | 'test'
+
+
+class Classes(NamedTuple):
+    """What mask values mean. names, palette: one entry per class, background first."""
+    names: tuple
+    palette: tuple            # (r, g, b) for pictures
+    outputs: int              # score maps of the net: 1 when binary
+    by_colour: bool           # masks are RGB pictures in the palette's colours
+    ignore: tuple             # values, or colours when by_colour
+
+
+SHADES = ((0, 0, 0), (255, 64, 64), (64, 160, 255), (255, 200, 0), (64, 200, 96), (200, 96, 255), (255, 128, 192),
+          (0, 200, 200), (160, 112, 64), (176, 176, 176), (128, 128, 255), (192, 224, 64))
+
+
+def read_classes(data, config):
+    """Classes from DIR/classes.json when it is there, else from --classes and --ignore.
+
+    classes.json: {"classes": [{"name": "road", "colour": [110, 193, 228]}, ...], "ignore": [values or colours]}.
+    Colours are optional; with them masks are read as RGB pictures. Raises BadFile when it is malformed."""
+    folder = data if os.path.isdir(data) else os.path.dirname(data)
+    path = os.path.join(folder, "classes.json")
+    if not os.path.isfile(path):
+        count = max(2, config.classes)
+        names = ("background", "foreground") if config.classes == 1 else tuple("class %d" % i for i in range(count))
+        return Classes(names, tuple(SHADES[i % len(SHADES)] for i in range(count)),
+                       1 if config.classes <= 2 else count, False, (config.ignore,))
+    stored = read_json(path, "the class list")
+    try:
+        entries = stored["classes"]
+        names = tuple(str(entry["name"]) for entry in entries)
+        colours = [tuple(int(v) for v in entry["colour"]) for entry in entries if "colour" in entry]
+        ignore = stored.get("ignore", [255])
+        ignore = tuple(tuple(v) if isinstance(v, list) else int(v) for v in (ignore if isinstance(ignore, list) else [ignore]))
+        if not 2 <= len(names) <= 250 or len(colours) not in (0, len(names)) or any(len(c) != 3 for c in colours):
+            raise ValueError("2 to 250 classes, all with a colour of three numbers or none")
+    except (KeyError, TypeError, ValueError) as exc:
+        raise BadFile('%s: %s; expected {"classes": [{"name": ..., "colour": [r, g, b]}, ...], "ignore": [...]}'
+                      % (path, exc)) from exc
+    return Classes(names, tuple(colours) or tuple(SHADES[i % len(SHADES)] for i in range(len(names))),
+                   1 if len(names) == 2 else len(names), bool(colours), ignore)
+
+
+def find_pairs(data, val_share=0.2, group_by=""):
+    """All pairs behind --data, in the order of their names, each with its split. Where no split says otherwise,
+    `val_share` of the training images is held out for validation, whole groups at a time.
+    Raises UsageError for a wrong path and one BadFile that names every image without mask and the reverse."""
+    if not os.path.exists(data):
+        raise UsageError("--data %s does not exist; %s" % (data, LAYOUTS))
+    if os.path.isfile(data) or os.path.isfile(os.path.join(data, "pairs.csv")):
+        pairs = _from_csv(data if os.path.isfile(data) else os.path.join(data, "pairs.csv"))
+    else:
+        pairs = _from_folders(data)
+    if not pairs:
+        raise BadFile("%s holds no images; %s" % (data, LAYOUTS))
+    return _hold_out(pairs, val_share, group_by)
+
+
+def _from_csv(path):
+    pairs, problems = [], []
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        with open(path, newline="", encoding="utf-8") as handle:
+            rows = list(csv.DictReader(handle))
+    except (OSError, UnicodeDecodeError, csv.Error) as exc:
+        raise BadFile("cannot read %s: %s; %s" % (path, exc, LAYOUTS)) from exc
+    for number, row in enumerate(rows, 2):
+        if not row.get("image") or not row.get("mask") or (row.get("split") or "train") not in ("train", "val", "test"):
+            problems.append("line %d: %s" % (number, ",".join(str(v) for v in row.values())))
+            continue
+        image, mask = (os.path.join(folder, row[key]) for key in ("image", "mask"))
+        problems += ["line %d: no such file: %s" % (number, p) for p in (image, mask) if not os.path.isfile(p)]
+        pairs.append(Pair(os.path.splitext(row["image"])[0], image, mask, row.get("split") or "train"))
+    raise_all(problems, "%s has lines that name no pair" % path,
+              "Expected the columns image,mask[,split] with split train, val or test; paths relative to the file.")
+    return pairs
+
+
+def _from_folders(data):
+    problems, pairs = [], []
+    places = [(os.path.join(data, split), split) for split in ("train", "val", "test")]
+    if not os.path.isdir(places[0][0]):
+        places = [(data, "train")]
+        if not _folder(data, IMAGE_FOLDERS):  # the tiles layout: DIR/*/images + DIR/*/masks
+            places = [(os.path.join(data, part), "train") for part in sorted(os.listdir(data))]
+    for place, split in places:
+        images, masks = _folder(place, IMAGE_FOLDERS), _folder(place, MASK_FOLDERS)
+        if images and masks:
+            pairs += _match(data, images, masks, split, problems)
+        elif images or masks:
+            problems.append("%s: has %s but no folder of %s" % (place, os.path.basename(images or masks),
+                                                                "masks" if images else "images"))
+    raise_all(problems, "%s has images without mask or masks without image" % data,
+              "A mask has its image's name, the ending apart. Add or remove the files named.")
+    return _voc_splits(data, pairs)
+
+
+def _folder(place, names):
+    found = [os.path.join(place, name) for name in names if os.path.isdir(os.path.join(place, name))]
+    return found[0] if found else None
+
+
+def _match(data, images, masks, split, problems):
+    def by_stem(folder):
+        stems = {}
+        for name in sorted(os.listdir(folder)):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in READABLE:
+                if stem in stems:
+                    problems.append("%s: two files called %s" % (folder, stem))
+                stems[stem] = os.path.join(folder, name)
+        return stems
+    left, right = by_stem(images), by_stem(masks)
+    if os.path.basename(masks) == "SegmentationClass":  # Pascal VOC: most of its images have no mask
+        left = {stem: path for stem, path in left.items() if stem in right}
+    problems += ["no mask for %s" % left[s] for s in sorted(set(left) - set(right))]
+    problems += ["no image for %s" % right[s] for s in sorted(set(right) - set(left))]
+    where = os.path.relpath(os.path.dirname(images), data)
+    return [Pair(stem if where == "." else "%s/%s" % (where, stem), left[stem], right[stem], split)
+            for stem in sorted(set(left) & set(right))]
+
+
+def _voc_splits(data, pairs):
+    lists = os.path.join(data, "ImageSets", "Segmentation")
+    if not os.path.isdir(lists):
+        return pairs
+    named = {}
+    for split in ("train", "val", "test"):
+        path = os.path.join(lists, split + ".txt")
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as handle:
+                named.update((line.strip(), split) for line in handle if line.strip())
+    raise_all(["%s (%s.txt)" % (n, s) for n, s in sorted(named.items()) if n not in {p.name for p in pairs}],
+              "%s lists images that have no image or mask file" % lists, "Add the files, or take the names off the lists.")
+    return [pair._replace(split=named[pair.name]) for pair in pairs if pair.name in named]
+
+
+def _hold_out(pairs, share, group_by):
+    if any(pair.split == "val" for pair in pairs) or share == 0:
+        return pairs
+    train = [pair for pair in pairs if pair.split == "train"]
+    groups = sorted({_group(pair, group_by) for pair in train})
+    if len(groups) < 2:
+        raise BadFile("%d training image(s) in %d group(s): nothing can be held out for validation. Add images, a val "
+                      "folder, or type --val-share 0" % (len(train), len(groups)))
+    count = min(len(groups) - 1, max(1, int(round(share * len(groups)))))
+    held = {groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)}  # evenly spaced
+    return [pair._replace(split="val") if pair.split == "train" and _group(pair, group_by) in held else pair
+            for pair in pairs]
+
+
+def _group(pair, pattern):
+    if not pattern:
+        return pair.name
+    try:
+        match = re.search(pattern, pair.name)
+    except re.error as exc:
+        raise UsageError("--group-by %r is no regular expression: %s" % (pattern, exc)) from exc
+    if not match:
+        raise UsageError("--group-by %r does not match the image name %r" % (pattern, pair.name))
+    return match.group(1) if match.groups() else match.group(0)

@@ -1,0 +1,118 @@
+"""The gradient of a whole batch of large images, at the memory of a few patches.
+
+Two passes (docs/method.md, section 1): the first, without graph, gathers the sums that couple all pixels; the second
+back-propagates chunk by chunk. The global feature is a leaf whose gradient is collected and pushed once through the
+encoder. Over all patches this is the exact gradient; over k random ones PatchGD's, on average k/N of it."""
+import numpy as np
+import torch
+
+from train_lite.models.norm import set_updating
+from train_lite.patches import draw
+
+
+class SumTable:
+    """The loss sums of every patch of a batch, as last computed: the only trace of Z that a 1x1 head needs.
+
+    known: patches whose sums count. PatchGD's stale cells are the rows not refreshed since the last step."""
+
+    def __init__(self, batch):
+        self._index = {pick: row for row, pick in enumerate(batch.every_patch())}
+        self._rows = None
+
+    def put(self, picks, sums):
+        if self._rows is None:
+            self._rows = torch.zeros(len(self._index), sums.shape[1], dtype=torch.float64, device=sums.device)
+        self._rows[[self._index[pick] for pick in picks]] = sums.detach()
+
+    def clear(self):
+        self._rows = None
+
+    def total(self):
+        return self._rows.sum(dim=0)
+
+
+class Gradient:
+    """Gathers gradients of a net in its parameters' .grad, batch after batch, until finish().
+
+    how: a config.ModeSettings; patches, inner: PatchGD's k and J; micro_batch: patches in memory at once."""
+
+    def __init__(self, net, loss, how, patches, inner, micro_batch):
+        self.net, self.loss, self.how, self.micro_batch = net, loss, how, micro_batch
+        self.patches, self.inner = patches, inner
+        self.pending = 0      # contributions since the last finish()
+        self._scale = None    # of the gradients gathered; see add()
+        self._stale = True    # a step was made since the last fill()
+
+    def rounds(self, batch, rng):
+        """Add the gradient of one batch, in one round (exact) or `inner` rounds (sampled). Yields the loss of each."""
+        seed = int(rng.randint(2 ** 31 - 2 ** 20))
+        every, table = batch.every_patch(), SumTable(batch)
+        if self.how.gradient == "exact":
+            yield self.add(batch, every, table, seed)
+            return
+        if self.how.fill == "image":
+            self.fill(batch, every, table, seed)
+        for picks in draw(rng, batch, self.patches, self.inner):
+            if self.how.fill == "sample":
+                table.clear()
+            yield self.add(batch, picks, table, seed, filled=self.how.fill == "image" and not self._stale)
+
+    def _chunks(self, picks):
+        return [picks[i:i + self.micro_batch] for i in range(0, len(picks), self.micro_batch)]
+
+    def _sums(self, batch, picks, features, seed):
+        chunk = batch.chunk(picks)
+        torch.manual_seed(seed)  # both passes over a chunk drop the same units
+        g = None if features is None else features[chunk.image]
+        return self.loss.sums(self.net(chunk.pixels, g, chunk.rows, chunk.cols), chunk.labels)
+
+    def _encode_overviews(self, batch, seed):
+        torch.manual_seed(seed)
+        return self.net.encoder(batch.overviews()) if batch.side else None
+
+    def fill(self, batch, picks, table, seed):
+        """First pass: refresh the sums of `picks` without graph."""
+        with torch.no_grad():
+            features = self._encode_overviews(batch, seed)
+            for number, part in enumerate(self._chunks(picks)):
+                table.put(part, self._sums(batch, part, features, seed + 1 + number))
+        self._stale = False
+
+    def add(self, batch, picks, table, seed, filled=False):
+        """Second pass: add the gradient of L over the patches `picks`, a list of (image, tile), to .grad.
+
+        L counts all patches in `table`; the sums of `picks` are refreshed first, unless filled. Gradients are kept
+        times the number of pixels of the first contribution, so that those per pixel are of order 1 (a mean over
+        67 million pixels has gradients that are denormal in float32); finish() divides. Returns L."""
+        chunks = self._chunks(picks)
+        if len(chunks) > 1 and not filled:
+            self.fill(batch, picks, table, seed)
+        set_updating(self.net, len(chunks) == 1)
+        with torch.no_grad():
+            leaf = self._encode_overviews(batch, seed)
+        if leaf is not None:
+            leaf.requires_grad_()
+        for number, part in enumerate(chunks):
+            sums = self._sums(batch, part, leaf, seed + 1 + number)
+            if len(chunks) == 1:
+                table.put(part, sums)
+            total = table.total()
+            pixels = total[1].clamp(min=1)
+            self._scale = float(pixels) if self._scale is None else self._scale
+            (self.loss.surrogate(sums.sum(dim=0), total) * (self._scale / pixels)).backward()
+        if leaf is not None:  # g trains the encoder: once, with all that the patches asked of it
+            self._encode_overviews(batch, seed).backward(leaf.grad)
+        set_updating(self.net, True)
+        self.pending += 1
+        return float(self.loss.value(table.total()))
+
+    def finish(self, clip):
+        """Bring .grad to the mean of all contributions, then limit its norm to `clip` (0: no limit). Returns the norm
+        before that limit, not finite when training has diverged (.grad is then left as it is)."""
+        divisor, self.pending, self._scale, self._stale = self.pending * self._scale, 0, None, True
+        grads = [p.grad for p in self.net.parameters() if p.grad is not None]
+        norm = float(torch.sqrt(sum((g.double() ** 2).sum() for g in grads))) / divisor
+        if np.isfinite(norm):
+            for grad in grads:
+                grad.mul_((min(1.0, clip / norm) if clip and norm else 1.0) / divisor)
+        return norm

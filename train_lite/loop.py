@@ -1,0 +1,125 @@
+"""The training loop. Everything random is a function of (seed, epoch, batch), so a run that is killed and resumed ends
+with the same bits."""
+import contextlib
+import signal
+import sys
+import time
+
+import numpy as np
+
+from edge.command import say
+from edge.errors import UsageError
+from edge.optional import need
+from jetson.memory import peak_rss_mib
+from train_lite import pictures
+from train_lite.config import validation_due
+from train_lite.evaluate import evaluate, label_bands
+
+SAMPLES = 3  # validation images drawn as pictures
+
+
+def train(problem, run, state):
+    """Take `state` to the end of the schedule. problem: state.Problem; run: a RunFolder.
+    Returns the metrics of the last epoch, None without validation images. Raises KeyboardInterrupt, with all saved,
+    after Ctrl-C or SIGTERM."""
+    result = None
+    with asked_to_stop() as stop:
+        while state.epoch < problem.config.epochs:
+            started = time.time()
+            train_epoch(problem, run, state, stop)
+            result = end_epoch(problem, run, state, started)
+    return result
+
+
+def train_epoch(problem, run, state, stop):
+    """The rest of the epoch that `state` is in, batch by batch."""
+    config, saved = problem.config, time.time()
+    gradient = problem.gradient(state.net)
+    for number in _progress(range(state.batch, problem.batches), problem, state):
+        if not gradient.pending:
+            state.freeze_if_due(problem)
+        state.net.train()
+        batch, rng = problem.batch(state.epoch, number)
+        for loss in gradient.rounds(batch, rng):
+            state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
+            if gradient.pending == config.accumulation:
+                step(problem, run, state, gradient, loss)
+        state.batch = number + 1
+        if gradient.pending and state.batch == problem.batches:  # the rest of an epoch makes a step of its own
+            step(problem, run, state, gradient, loss)
+        if not gradient.pending and (stop or time.time() - saved > config.save_every):
+            state.save(run.last, problem)
+            saved = time.time()
+            if stop:
+                say("stopped in epoch %d. Go on: python -m train_lite --resume %s" % (state.epoch + 1, run.path))
+                raise KeyboardInterrupt
+
+
+def step(problem, run, state, gradient, loss):
+    """One optimizer step on what `gradient` has gathered."""
+    norm = gradient.finish(problem.config.clip)
+    if not np.isfinite(norm):
+        raise UsageError("training diverged at step %d: loss %s, gradient %s. Train again with a smaller rate: --lr %g"
+                         % (state.step + 1, loss, norm, problem.config.lr / 3))
+    rate = problem.learning_rate(state.step + 1)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    for parameter in state.net.parameters():
+        parameter.grad = None  # freed, not zeroed: the first pass and validation need the room
+    state.step += 1
+    run.log(step=state.step, epoch=state.epoch + 1, loss=loss, lr=rate, grad_norm=norm)
+
+
+def end_epoch(problem, run, state, started):
+    """Validate, draw, keep the best net; one line for people, one row for machines. Moves `state` to the next epoch."""
+    config = problem.config
+    row = {"epoch": state.epoch + 1, "step": state.step, "loss": state.loss_sum / max(1, state.loss_count),
+           "lr": problem.learning_rate(state.step)}
+    state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0.0
+    last, result, text = state.epoch == config.epochs, None, ""
+    if problem.val and validation_due(config, state.epoch):
+        result = evaluate(state.net, problem.val, problem.recipe, len(problem.classes.names), problem.device)
+        row.update(result["pooled"], **{"compat_" + name: value for name, value in result["paper_compat"].items()})
+        text = "  val IoU %.3f  F1 %.3f" % (row["iou"], row["f1"])
+    score = row.get("iou", state.best if problem.val else state.epoch)
+    if score > state.best:
+        state.best = score
+        state.save(run.best, problem)
+    if result or last:
+        for stored in (problem.val or problem.train)[:SAMPLES]:
+            pictures.comparison(stored, label_bands(state.net, stored.picture, problem.recipe, problem.device),
+                                problem.classes.palette, run.sample(stored.pair.name))
+    row.update(seconds=time.time() - started, peak_mib=peak_rss_mib())
+    run.add_epoch(row)
+    state.save(run.last, problem)  # last: a run killed before this does the end of the epoch again
+    say("epoch %d/%d  loss %.4f%s  %.0f s  peak %s MiB" % (
+        state.epoch, config.epochs, row["loss"], text, row["seconds"],
+        "?" if row["peak_mib"] is None else "%.0f" % row["peak_mib"]))
+    return result
+
+
+def _progress(numbers, problem, state):
+    return need("tqdm").tqdm(numbers, initial=state.batch, total=problem.batches, leave=False, unit="batch",
+                             desc="epoch %d/%d" % (state.epoch + 1, problem.config.epochs),
+                             disable=not sys.stderr.isatty())
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """Yields a list that is non-empty once Ctrl-C or SIGTERM came: the loop then saves and leaves. A second one stops
+    at once."""
+    asked = []
+
+    def handler(number, _frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        say("stopping after this batch; once more to stop at once")
+
+    before = [(number, signal.signal(number, handler)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield asked
+    finally:
+        for number, old in before:
+            signal.signal(number, old)

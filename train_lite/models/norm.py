@@ -1,0 +1,135 @@
+"""Normalisation layers, freezing them to per-channel affines, and folding those into convolutions.
+
+Group norm trains best at batch 1 but does not fold at export; METHODS 8f: train with it, freeze, fine-tune, fold."""
+import torch
+from torch import nn
+
+EPS = 1e-5
+
+
+class GroupNorm(nn.GroupNorm):
+    """Up to 8 groups of at least 4 channels: one channel per group would be instance norm, which erases contrast."""
+
+    def __init__(self, channels):
+        groups = max(n for n in range(1, 9) if channels % n == 0 and (n == 1 or channels // n >= 4))
+        super().__init__(groups, channels, eps=EPS)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch statistics in training, unless there is one value per channel (pooling of a single patch): then the
+    running ones. `updating` False leaves the running statistics alone, for the second pass over the same tiles."""
+    updating = True
+
+    def forward(self, x):
+        batch_stats = self.training and x.numel() > x.shape[1]
+        momentum = self.momentum if batch_stats and self.updating else 0.0
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                        batch_stats, momentum, self.eps)
+
+
+class FrozenNorm(nn.Module):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias per channel; mean and var fixed, weight and bias trained.
+    State names are batch norm's, so that pretrained batch-norm nets load into it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def affine(self):
+        """(scale, shift), each (C,): y = x * scale + shift."""
+        scale = self.weight * torch.rsqrt(self.running_var + EPS)
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x):
+        scale, shift = self.affine()
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+NORMS = {"group": GroupNorm, "batch": BatchNorm, "frozen": FrozenNorm}
+
+
+def set_updating(net, updating):
+    """Whether batch norms of `net` move their running statistics in train mode."""
+    for module in net.modules():
+        if isinstance(module, BatchNorm):
+            module.updating = updating
+
+
+def count(net, kind):
+    """Number of layers of one kind ('group', 'batch', 'frozen') in `net`."""
+    return sum(isinstance(module, NORMS[kind]) for module in net.modules())
+
+
+def freeze_norms(net, forward):
+    """Replace each group norm, in forward order, by a FrozenNorm with statistics measured on real patches, the
+    earlier layers already replaced (METHODS 8f).
+
+    forward(): runs calibration patches through `net`, chunk by chunk; it is called once per layer, without grad.
+    Returns the number of layers replaced."""
+    places = {id(old): (parent, name, old) for parent, name, old in _places(net, GroupNorm)}
+    order, hooks = [], []
+    for _parent, _name, old in places.values():
+        hooks.append(old.register_forward_pre_hook(lambda module, _x: order.append(id(module))))
+    with torch.no_grad():
+        forward()
+        for hook in hooks:
+            hook.remove()
+        for key in dict.fromkeys(order):  # first use decides; a dict keeps order
+            parent, name, old = places[key]
+            mean, var = _group_statistics(old, forward)
+            new = FrozenNorm(old.num_channels).to(old.weight.device, old.weight.dtype)
+            new.running_mean.copy_(mean)
+            new.running_var.copy_(var)
+            _put(parent, name, old, new)
+    return len(set(order))
+
+
+def _group_statistics(norm, forward):
+    """Mean and variance per group over everything that reaches `norm` during forward(), spread to channels."""
+    total = torch.zeros(3, norm.num_groups, dtype=torch.float64, device=norm.weight.device)
+
+    def add(_module, args):
+        x = args[0].reshape(args[0].shape[0], norm.num_groups, -1).double()
+        total[0] += x.sum(dim=(0, 2))
+        total[1] += (x * x).sum(dim=(0, 2))
+        total[2] += x.shape[0] * x.shape[2]
+
+    hook = norm.register_forward_pre_hook(add)
+    forward()
+    hook.remove()
+    mean = total[0] / total[2]
+    var = (total[1] / total[2] - mean * mean).clamp(min=0)
+    per_group = norm.num_channels // norm.num_groups
+    return mean.repeat_interleave(per_group), var.repeat_interleave(per_group)
+
+
+def _places(net, kind):
+    return [(parent, name, child) for parent in net.modules() for name, child in parent.named_children()
+            if isinstance(child, kind)]
+
+
+def _put(parent, name, old, new):
+    new.weight, new.bias = old.weight, old.bias  # the same Parameters: the optimizer keeps their state
+    setattr(parent, name, new)
+
+
+def fold(net):
+    """Fold every frozen or batch norm of `net` (eval mode) into the convolution registered just before it, in place.
+    Returns the number folded. Group norms stay: they depend on the input."""
+    folded = 0
+    with torch.no_grad():
+        for parent in list(net.modules()):
+            conv = None
+            for name, child in list(parent.named_children()):
+                if isinstance(child, (FrozenNorm, BatchNorm)) and conv is not None:
+                    scale, shift = FrozenNorm.affine(child)
+                    conv.weight.mul_(scale[:, None, None, None])
+                    bias = shift if conv.bias is None else conv.bias * scale + shift
+                    conv.bias = nn.Parameter(bias)
+                    setattr(parent, name, nn.Identity())
+                    folded += 1
+                conv = child if isinstance(child, nn.Conv2d) else None
+    return folded

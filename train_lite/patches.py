@@ -1,0 +1,102 @@
+"""Stored images -> augmented views -> chunks of patches as tensors. Everything random comes from the caller's rng."""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from edge import images, tiles
+from edge.scores import interpolation
+from train_lite.dataset import IGNORE
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of x/255 in RGB: what pretrained encoders expect
+STD = (0.229, 0.224, 0.225)
+
+
+class View:
+    """One image as a training step sees it: turned and mirrored as a whole, so that its patches agree.
+
+    turn in 0..7: turn % 4 quarter turns (counter-clockwise), mirrored left-right before that when turn > 3."""
+
+    def __init__(self, stored, turn, tile):
+        self.stored, self.turn = stored, turn
+        self.height, self.width = (stored.width, stored.height) if turn % 2 else (stored.height, stored.width)
+        laid = tiles.plan(self.height, self.width, tile)
+        self.boxes, self.owned = laid.boxes(), tiles.owned(laid)
+
+    def _read(self, picture, box):
+        y0, x0, y1, x1 = (int(v) for v in box)
+        height, width = self.height, self.width
+        for _ in range(self.turn % 4):  # undo the quarter turns, last first: rot90(m)[i, j] = m[j, W - 1 - i]
+            y0, x0, y1, x1 = x0, height - y1, x1, height - y0
+            height, width = width, height
+        if self.turn > 3:
+            x0, x1 = width - x1, width - x0
+        return self._turned(picture.window(y0, x0, y1, x1))
+
+    def _turned(self, array):
+        return np.rot90(array[:, ::-1] if self.turn > 3 else array, self.turn % 4)
+
+    def patch(self, index):
+        """Tile `index`: pixels (p, p, 3) uint8, labels (p, p) uint8 with IGNORE where another tile owns the pixel."""
+        box, own = self.boxes[index], self.owned[index]
+        labels = np.full((box[2] - box[0], box[3] - box[1]), IGNORE, np.uint8)
+        labels[own[0] - box[0]:own[2] - box[0], own[1] - box[1]:own[3] - box[1]] = self._read(self.stored.labels, own)
+        return self._read(self.stored.picture, box), labels
+
+    def overview(self, size):
+        """The global patch: the whole image at size x size, (size, size, 3) uint8."""
+        return self._turned(self.stored.overview(size))
+
+
+class Chunk(NamedTuple):
+    """Patches that go through the net together. Tensors on the training device."""
+    pixels: torch.Tensor   # (n, 3, p, p) float, normalised
+    labels: torch.Tensor   # (n, p, p) uint8, IGNORE where they count nowhere
+    image: list            # n ints: which image of the batch
+    rows: torch.Tensor     # (n, p, q) float, interpolation of the global feature; None without
+    cols: torch.Tensor
+
+
+class Batch:
+    """The views of one batch. side: px of the global patch, 0 for none; device, dtype: of the tensors made."""
+
+    def __init__(self, views, side, device, dtype=torch.float32):
+        self.views, self.side, self.device, self.dtype = views, side, device, dtype
+
+    def every_patch(self):
+        """All (image, tile) pairs, image by image."""
+        return [(v, t) for v, view in enumerate(self.views) for t in range(len(view.boxes))]
+
+    def chunk(self, picks):
+        """Read the patches `picks`, a list of (image, tile)."""
+        pixels, labels = zip(*(self.views[v].patch(t) for v, t in picks))
+        rows = cols = None
+        if self.side:
+            spread = [interpolation(self.views[v].boxes[t:t + 1], self.views[v].height, self.views[v].width, self.side)
+                      for v, t in picks]
+            rows, cols = (self._tensor(np.concatenate(part)) for part in zip(*spread))
+        return Chunk(self._pixels(pixels), torch.from_numpy(np.stack(labels)).to(self.device), [v for v, _ in picks],
+                     rows, cols)
+
+    def overviews(self):
+        """(images, 3, q, q) float: the global patches."""
+        return self._pixels([view.overview(self.side) for view in self.views])
+
+    def _pixels(self, arrays):
+        return self._tensor(images.normalise(np.stack(arrays), MEAN, STD))
+
+    def _tensor(self, array):
+        return torch.from_numpy(array).to(self.device, self.dtype)
+
+
+def draw(rng, batch, patches, inner):
+    """PatchGD's sampling: per image one random order of its tiles, cut into `inner` groups of `patches`, so no tile
+    comes twice (a second order begins when the first is used up). Yields lists of (image, tile)."""
+    orders = []
+    for view in batch.views:
+        order = []
+        while len(order) < patches * inner:
+            order += rng.permutation(len(view.boxes)).tolist()
+        orders.append((order, min(patches, len(view.boxes))))
+    for j in range(inner):
+        yield [(v, tile) for v, (order, k) in enumerate(orders) for tile in order[j * k:(j + 1) * k]]

@@ -1,0 +1,85 @@
+"""runs/train/NAME/: config.json, log.jsonl, metrics.csv, last, best, curves.png, samples/. `runs/train/last` points
+at the newest run."""
+import csv
+import json
+import os
+import time
+
+from edge.errors import UsageError
+from train_lite import metrics, pictures
+
+COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "peak_mib") + metrics.NAMES + tuple("compat_" + n for n in metrics.NAMES)
+
+
+class RunFolder:
+    """Paths and logs of one run."""
+
+    def __init__(self, path):
+        self.path = path
+        self.config, self.last, self.best = (os.path.join(path, name) for name in (
+            "config.json", "last.safetensors", "best.safetensors"))
+        self.rows = []
+        self._log = None
+
+    @classmethod
+    def create(cls, config, title):
+        """A new folder for `config`. Raises UsageError when its name is taken."""
+        name = config.name or "%s-%s" % (title, time.strftime("%Y%m%d-%H%M%S"))
+        run = cls(os.path.join(config.out, name))
+        if os.path.exists(run.config):
+            raise UsageError("the run %s exists. Go on with it: --resume %s, or take another --name" % (run.path, run.path))
+        os.makedirs(os.path.join(run.path, "samples"), exist_ok=True)
+        with open(run.config, "w", encoding="utf-8") as handle:
+            json.dump(config._asdict(), handle, indent=1)
+        return run
+
+    def point_last(self):
+        """Make `last` beside the run point at it."""
+        link = os.path.join(os.path.dirname(self.path), "last")
+        if os.path.lexists(link) and not os.path.islink(link):
+            return  # a run of the user's that is called last
+        part = "%s.%d.part" % (link, os.getpid())
+        os.symlink(os.path.basename(self.path), part)
+        os.replace(part, link)
+
+    def rewind(self, step, epoch):
+        """Drop what the logs say beyond a checkpoint that a resumed run starts from."""
+        table = os.path.join(self.path, "metrics.csv")
+        if os.path.exists(table):
+            with open(table, newline="", encoding="utf-8") as handle:
+                read = [{key: float(v) for key, v in row.items() if v} for row in csv.DictReader(handle)]
+            self.rows = [dict(row, epoch=int(row["epoch"]), step=int(row["step"])) for row in read if row["epoch"] <= epoch]
+        log = os.path.join(self.path, "log.jsonl")
+        kept = []
+        if os.path.exists(log):
+            with open(log, encoding="utf-8") as handle:
+                for line in handle:
+                    try:
+                        if json.loads(line)["step"] <= step:
+                            kept.append(line)
+                    except (ValueError, KeyError):  # the line that a kill cut short
+                        break
+        with open(log, "w", encoding="utf-8") as handle:
+            handle.writelines(kept)
+
+    def log(self, **facts):
+        """One line in log.jsonl."""
+        if self._log is None:
+            self._log = open(os.path.join(self.path, "log.jsonl"), "a", encoding="utf-8")
+        self._log.write(json.dumps(facts, sort_keys=True) + "\n")
+        self._log.flush()
+
+    def add_epoch(self, row):
+        """One row in metrics.csv, and the curves drawn again. row: dict with COLUMNS, absent where unknown."""
+        self.rows.append(row)
+        part = os.path.join(self.path, "metrics.csv.part")
+        with open(part, "w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(part, os.path.join(self.path, "metrics.csv"))
+        pictures.curves(self.rows, [("loss", "training loss"), ("iou", "validation IoU"), ("f1", "validation F1")],
+                        os.path.join(self.path, "curves.png"))
+
+    def sample(self, name):
+        return os.path.join(self.path, "samples", name.replace("/", "_") + ".png")

@@ -1,0 +1,178 @@
+"""What is trained on what (Problem), and where training stands (State, all that a checkpoint holds)."""
+import inspect
+
+import numpy as np
+import torch
+
+from edge.command import say
+from edge.errors import BadFile, UsageError
+from train_lite import checkpoint, evaluate
+from train_lite.config import TrainConfig, micro_batch, mode_settings
+from train_lite.dataset import Classes
+from train_lite.gradient import Gradient
+from train_lite.losses import SegmentationLoss
+from train_lite.models import build, norm
+from train_lite.patches import Batch, View
+
+CALIBRATION_PATCHES = 32  # for the statistics of frozen norms; drawn from all training images
+
+
+class Problem:
+    """Fixed during a run. train, val, test: lists of Stored; classes: a dataset.Classes; device: a torch.device."""
+
+    def __init__(self, config, classes, train, val, test, device):
+        self.config, self.classes, self.device = config, classes, device
+        self.train, self.val, self.test = train, val, test
+        self.settings = mode_settings(config)
+        longest = max(max(s.height, s.width) for s in train)
+        self.tile = self.settings.tile or -(-longest // 16) * 16
+        self.side = self.tile if self.settings.fusion != "none" else 0
+        self.batches = -(-len(train) // config.batch)
+        inner = config.inner if self.settings.gradient == "sampled" else 1
+        self.steps = -(-self.batches * inner // config.accumulation) * config.epochs
+        self.freeze_step = {"group": int(round(config.freeze_at * self.steps)), "frozen": 0}.get(config.norm, self.steps)
+        self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(config))
+
+    def batch(self, epoch, number):
+        """Batch `number` of an epoch, and the generator for everything random in it: functions of the seed."""
+        config = self.config
+        order = np.random.RandomState([config.seed, epoch]).permutation(len(self.train))
+        rng = np.random.RandomState([config.seed, epoch, number + 1])
+        views = [View(self.train[i], int(rng.randint(8)) if config.augment else 0, self.tile)
+                 for i in order[number * config.batch:(number + 1) * config.batch]]
+        return Batch(views, self.side, self.device), rng
+
+    def gradient(self, net):
+        config = self.config
+        loss = SegmentationLoss(self.classes.outputs, config.dice)
+        return Gradient(net, loss, self.settings, config.patches, config.inner, micro_batch(config))
+
+    def learning_rate(self, step):
+        """Of optimizer step 1, 2, ...: untuned linear warm-up over 2 / (1 - beta2) steps (Ma & Yarats 2019, section 5),
+        capped by a share of the run, times linear decay to 0."""
+        config = self.config
+        period = max(1.0, min(2 / (1 - config.beta2), config.warm_up * self.steps))
+        return config.lr * min(1.0, step / period) * (1 - (step - 1) / float(self.steps))
+
+
+class State:
+    """Net, optimizer moments, position, best score."""
+
+    def __init__(self, problem, norm_kind=None):
+        config = problem.config
+        self.norm_kind = norm_kind or ("group" if config.norm == "frozen" else config.norm)
+        torch.manual_seed(config.seed)
+        self.net = build(config.model, config.width, self.norm_kind, problem.classes.outputs, problem.settings.fusion)
+        self.net.to(problem.device)
+        self.optimizer = adamw(self.net.parameters(), config)
+        self.epoch = self.batch = self.step = 0   # the next batch to do; optimizer steps done
+        self.best = -1.0
+        self.loss_sum = self.loss_count = 0.0     # of the epoch so far
+
+    def save(self, path, problem):
+        tensors = {"net." + name: value.detach().cpu().numpy() for name, value in self.net.state_dict().items()}
+        for name, parameter in self.net.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if key != "step":
+                    tensors["adamw.%s.%s" % (key, name)] = value.cpu().numpy()
+        checkpoint.write(path, tensors, {
+            "config": problem.config._asdict(), "classes": problem.classes._asdict(), "tile": problem.tile,
+            "norm": self.norm_kind, "epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best,
+            "loss_sum": self.loss_sum, "loss_count": self.loss_count})
+
+    @classmethod
+    def load(cls, path, problem):
+        tensors, meta = checkpoint.read_newest(path)
+        state = cls(problem, meta["norm"])
+        for name in ("epoch", "batch", "step", "best", "loss_sum", "loss_count"):
+            setattr(state, name, meta[name])
+        _load(state.net, tensors, path)
+        moments = [{key: torch.from_numpy(tensors["adamw.%s.%s" % (key, name)].copy())
+                    for key in ("exp_avg", "exp_avg_sq")} for name, _ in state.net.named_parameters()] if state.step else []
+        stored = state.optimizer.state_dict()
+        stored["state"] = {i: dict(moment, step=state.step) for i, moment in enumerate(moments)}
+        state.optimizer.load_state_dict(stored)
+        return state
+
+    def freeze_if_due(self, problem):
+        """From problem.freeze_step on: measure the statistics of every group norm on training patches, and fix them.
+        The best score begins anew: nets before that do not fold."""
+        if self.norm_kind != "group" or self.step < problem.freeze_step:
+            return
+        picks_rng = np.random.RandomState(problem.config.seed)
+        views = [View(stored, int(picks_rng.randint(8)), problem.tile) for stored in problem.train]
+        batch = Batch(views, problem.side, problem.device)
+        every = batch.every_patch()
+        picks = [every[i] for i in picks_rng.permutation(len(every))[:CALIBRATION_PATCHES]]
+        chunk = micro_batch(problem.config)
+        overviews = [Batch([view], problem.side, problem.device) for view in views[:CALIBRATION_PATCHES // 8]]
+
+        def forward():
+            for first in range(0, len(picks), chunk):
+                self.net.encoder(batch.chunk(picks[first:first + chunk]).pixels)
+            if problem.side:
+                for one in overviews:
+                    self.net.encoder(one.overviews())
+
+        self.net.eval()
+        layers = norm.freeze_norms(self.net, forward)
+        self.norm_kind, self.best = "frozen", -1.0
+        say("step %d: %d norms frozen on %d patches; they fold into the convolutions at export"
+            % (self.step, layers, len(picks)))
+
+
+def _load(net, tensors, path):
+    """Put the tensors 'net.*' of a checkpoint into `net`. Raises BadFile when they do not fit."""
+    try:
+        net.load_state_dict({name[4:]: torch.from_numpy(value.copy()) for name, value in tensors.items()
+                             if name.startswith("net.")})
+    except RuntimeError as exc:
+        raise BadFile("%s does not fit the net that its config describes: %s" % (path, str(exc).splitlines()[-1])) from exc
+
+
+def adamw(parameters, config):
+    extra = {"foreach": False} if "foreach" in inspect.signature(torch.optim.AdamW).parameters else {}
+    return torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay,
+                             **extra)  # foreach would hold a second copy of every gradient
+
+
+def restore(path):
+    """The trained net in a checkpoint file, in eval mode, and what it was trained for.
+    Returns (net, config, classes, tile px, meta). Raises BadFile."""
+    tensors, meta = checkpoint.read_newest(path)
+    try:
+        config = TrainConfig(**meta["config"])
+        classes = Classes(**dict(meta["classes"], palette=tuple(map(tuple, meta["classes"]["palette"]))))
+        net = build(config.model, config.width, meta["norm"], classes.outputs, mode_settings(config).fusion)
+    except (KeyError, TypeError) as exc:
+        raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
+    _load(net, tensors, path)
+    return net.eval(), config, classes, meta["tile"], meta
+
+
+def load_encoder(net, path, allow_pickle):
+    """Pretrained weights for net.encoder, by name: .safetensors, or torchvision's .pth. Layers of another shape (the
+    last one always) keep their random start. Returns (parameters loaded, parameters in all)."""
+    if path.endswith(".safetensors"):
+        found = {name: torch.from_numpy(value.copy()) for name, value in checkpoint.read(path, ours=False)[0].items()}
+    else:
+        found = _read_pth(path, allow_pickle)
+    found = {name[len("net.encoder."):] if name.startswith("net.encoder.") else name: value for name, value in found.items()}
+    own = net.encoder.state_dict()
+    fits = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
+    if 2 * len(fits) < len(own):
+        raise BadFile("%s fits %d of the %d tensors of this net; expected weights of the same --model and --width"
+                      % (path, len(fits), len(own)))
+    net.encoder.load_state_dict(fits, strict=False)
+    return len(fits), len(own)
+
+
+def _read_pth(path, allow_pickle):
+    safe = "weights_only" in inspect.signature(torch.load).parameters
+    if not safe and not allow_pickle:
+        raise UsageError("%s: this torch (%s) reads a .pth only by running code from it. Convert it to .safetensors on "
+                         "another machine or, if you trust the file, add --allow-pickle" % (path, torch.__version__))
+    try:
+        return torch.load(path, map_location="cpu", **({"weights_only": True} if safe else {}))
+    except Exception as exc:  # whatever a hostile or damaged pickle raises
+        raise BadFile("cannot read the weights %s: %s" % (path, str(exc).splitlines()[0])) from exc

@@ -1,0 +1,255 @@
+"""The tile store: every image and mask decoded once to blocks of raw bytes, so that a tile is a few reads.
+
+One file per pair: a header of 4096 bytes (JSON), then the image's blocks (128 x 128 x 3 uint8, row by row, edges
+padded with zeros), then the mask's (128 x 128). Blocks are read with pread, not mapped: a map's pages would count as
+resident memory of the process. Beside it an overview per size asked. All of it can be deleted at any time."""
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+
+import numpy as np
+
+from edge import images
+from edge.command import say
+from edge.errors import BadFile, raise_all
+from edge.geometry import nearest_index, reflect
+from train_lite.dataset import IGNORE
+
+VERSION = 1
+BLOCK = 128
+HEADER = 4096
+
+
+class StoredPicture:
+    """A picture (see edge.images) whose pixels are blocks of a file."""
+
+    def __init__(self, path, offset, height, width, channels):
+        self.path, self.offset, self.height, self.width, self.channels = path, offset, height, width, channels
+
+    def window(self, y0, x0, y1, x1):
+        """(h, w, 3) uint8, or (h, w) for a mask; mirrored outside the image."""
+        rows, cols = reflect(np.arange(y0, y1), self.height), reflect(np.arange(x0, x1), self.width)
+        top, left = int(rows.min()), int(cols.min())
+        inside = self._read(top, left, int(rows.max()) + 1, int(cols.max()) + 1)
+        if inside.shape[:2] != (len(rows), len(cols)) or y0 < 0 or x0 < 0 or y1 > self.height or x1 > self.width:
+            inside = inside[(rows - top)[:, None], cols - left]
+        return inside if self.channels > 1 else inside[..., 0]
+
+    def _read(self, y0, x0, y1, x1):
+        out = np.empty((y1 - y0, x1 - x0, self.channels), np.uint8)
+        size = BLOCK * BLOCK * self.channels
+        across = -(-self.width // BLOCK)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            for by in range(y0 // BLOCK, (y1 - 1) // BLOCK + 1):
+                for bx in range(x0 // BLOCK, (x1 - 1) // BLOCK + 1):
+                    raw = os.pread(handle, size, self.offset + (by * across + bx) * size)
+                    if len(raw) != size:
+                        raise BadFile("%s is cut short; delete the cache folder and type the command again" % self.path)
+                    block = np.frombuffer(raw, np.uint8).reshape(BLOCK, BLOCK, self.channels)
+                    top, bottom = max(y0, by * BLOCK), min(y1, (by + 1) * BLOCK)
+                    left, right = max(x0, bx * BLOCK), min(x1, (bx + 1) * BLOCK)
+                    out[top - y0:bottom - y0, left - x0:right - x0] = block[
+                        top - by * BLOCK:bottom - by * BLOCK, left - bx * BLOCK:right - bx * BLOCK]
+        finally:
+            os.close(handle)
+        return out
+
+
+class Stored:
+    """One pair in the store: `picture` and `labels` (class ids, IGNORE) of the same size, `pair`, overviews."""
+
+    def __init__(self, pair, path, height, width):
+        self.pair, self.path, self.height, self.width = pair, path, height, width
+        blocks = -(-height // BLOCK) * -(-width // BLOCK) * BLOCK * BLOCK
+        self.picture = StoredPicture(path, HEADER, height, width, 3)
+        self.labels = StoredPicture(path, HEADER + 3 * blocks, height, width, 1)
+
+    def overview(self, size):
+        """The whole image at size x size: (size, size, 3) uint8; computed once, then read."""
+        path = "%s.%d" % (self.path, size)
+        if not os.path.isfile(path) or os.path.getsize(path) != size * size * 3:
+            small = images.whole(images.resized(self.picture, size, size))
+            _write_atomic(path, lambda handle: handle.write(small.tobytes()))
+        return np.fromfile(path, np.uint8).reshape(size, size, 3)
+
+
+def _write_atomic(path, fill):
+    part = "%s.%d.part" % (path, os.getpid())
+    try:
+        with open(part, "wb") as handle:
+            fill(handle)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def cache_folder(config, data):
+    """Where the store of a data folder lives: --cache, else DIR/.nanopatch, else the user's cache where DIR is
+    write-protected (root could write there all the same; it should not)."""
+    if config.cache:
+        return config.cache
+    folder = os.path.abspath(data if os.path.isdir(data) else os.path.dirname(os.path.abspath(data)))
+    if os.stat(folder).st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) and os.access(folder, os.W_OK):
+        return os.path.join(folder, ".nanopatch")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "nanopatch", hashlib.sha256(folder.encode()).hexdigest()[:12])
+
+
+def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview=0):
+    """Bring all pairs into the store, at the size that `resize`, `resize_px` ask (edge.images.fitted_size), with an
+    overview of `overview` px when not 0. What is there already is kept. Returns the list of Stored, in order.
+    Raises one BadFile that names every bad file, and one when the disk is too small, before it is full."""
+    os.makedirs(folder, exist_ok=True)
+    stored, problems, first = [], [], True
+    needed = {}
+    for pair in pairs:
+        path = os.path.join(folder, _key(pair, classes, resize, resize_px) + ".tiles")
+        needed[path] = pair
+        try:
+            entry = _open(pair, path)
+            if entry is None:
+                if first:
+                    say("reading images into the tile store, %s" % folder)
+                    first = False
+                _make_room(folder, limit_gb, set(needed))
+                entry = _add(pair, path, classes, resize, resize_px)
+            if overview:
+                entry.overview(overview)
+            os.utime(path)  # recently used: the last to be pruned
+            stored.append(entry)
+        except BadFile as exc:
+            problems.append(str(exc))
+    raise_all(problems, "some images or masks cannot be used", "Mend or remove the files named; the others are kept.")
+    return stored
+
+
+def _key(pair, classes, resize, resize_px):
+    facts = [VERSION, resize, resize_px, classes._asdict() if hasattr(classes, "_asdict") else classes]
+    for path in (pair.image, pair.mask):
+        try:
+            info = os.stat(path)
+        except OSError as exc:
+            raise BadFile("cannot read %s: %s" % (path, exc.strerror)) from exc
+        facts += [os.path.abspath(path), info.st_size, info.st_mtime]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _open(pair, path):
+    try:
+        with open(path, "rb") as handle:
+            header = json.loads(handle.read(HEADER).rstrip(b" \0").decode())
+        entry = Stored(pair, path, header["height"], header["width"])
+        whole = entry.labels.offset + (entry.labels.offset - HEADER) // 3
+        return entry if header["version"] == VERSION and os.path.getsize(path) == whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _add(pair, path, classes, resize, resize_px):
+    image = images.open_photo(pair.image)
+    mask = images.open_mask(pair.mask, classes.by_colour)
+    if (image.height, image.width) != (mask.height, mask.width):
+        raise BadFile("%s is %dx%d but its mask %s is %dx%d; expected the same size" % (
+            pair.image, image.width, image.height, pair.mask, mask.width, mask.height))
+    height, width = images.fitted_size(image.height, image.width, resize, resize_px)
+    header = json.dumps({"version": VERSION, "height": height, "width": width}).encode().ljust(HEADER)
+    sized = images.resized(image, height, width)
+    decode = LabelDecoder(pair.mask, classes)
+
+    def fill(handle):
+        handle.write(header)
+        for y0 in range(0, height, BLOCK):
+            _write_blocks(handle, sized.window(y0, 0, min(height, y0 + BLOCK), width))
+        for y0 in range(0, height, BLOCK):
+            rows = nearest_index(height, mask.height, y0, min(height, y0 + BLOCK))
+            band = mask.window(int(rows[0]), 0, int(rows[-1]) + 1, mask.width)
+            band = band[rows - rows[0]][:, nearest_index(width, mask.width)]
+            _write_blocks(handle, decode(band)[..., None])
+
+    _write_atomic(path, fill)
+    return Stored(pair, path, height, width)
+
+
+def _write_blocks(handle, band):
+    rows, width, channels = band.shape
+    padded = np.zeros((BLOCK, -(-width // BLOCK) * BLOCK, channels), np.uint8)
+    padded[:rows, :width] = band
+    for x in range(0, padded.shape[1], BLOCK):
+        handle.write(np.ascontiguousarray(padded[:, x:x + BLOCK]).tobytes())
+
+
+class LabelDecoder:
+    """Mask values or colours -> class ids. One per mask file: binary masks may be 0/1 or 0/255."""
+
+    def __init__(self, path, classes):
+        self.path, self.classes = path, classes
+        self._high = None if classes.outputs > 1 or classes.by_colour else self._binary_level()
+
+    def _binary_level(self):
+        picture, top = images.open_mask(self.path, False), 0
+        for y in range(0, picture.height, 256):
+            band = picture.window(y, 0, min(picture.height, y + 256), picture.width)
+            band = band[~np.isin(band, self.classes.ignore)] if 255 not in self.classes.ignore else band
+            top = max(top, int(band.max()) if band.size else 0)
+        if 1 < top < 128:
+            raise BadFile("%s holds values up to %d; a binary mask has 0 and 1, or black and white. For class ids give "
+                          "--classes %d, or a classes.json" % (self.path, top, top + 1))
+        return 1 if top == 1 else 128
+
+    def __call__(self, band):
+        """band (h, w) values or (h, w, 3) colours -> (h, w) uint8 ids, IGNORE. Raises BadFile naming the values."""
+        if self.classes.by_colour:
+            return self._by_colour(band)
+        ignored = [v for v in self.classes.ignore if isinstance(v, int)]
+        if self._high is not None:
+            ids = (band >= self._high).astype(np.uint8)
+            inner = [v for v in ignored if v != 255]  # in a black and white mask 255 is white
+            ids[np.isin(band, inner)] = IGNORE
+            return ids
+        ids = band.copy()
+        ids[np.isin(band, ignored)] = IGNORE
+        wrong = np.unique(band[(ids != IGNORE) & (ids >= len(self.classes.names))])
+        if len(wrong):
+            raise BadFile("%s holds the values %s; expected 0..%d or %s (ignored). Give --classes, --ignore or a classes.json"
+                          % (self.path, wrong[:8].tolist(), len(self.classes.names) - 1, ignored))
+        return ids
+
+    def _by_colour(self, band):
+        packed = (band.astype(np.uint32) * np.array([65536, 256, 1], np.uint32)).sum(axis=2)
+        ids = np.full(packed.shape, 254, np.uint8)
+        for index, colour in enumerate(self.classes.palette):
+            ids[packed == _packed(colour)] = index
+        for colour in self.classes.ignore:
+            if not isinstance(colour, int):
+                ids[packed == _packed(colour)] = IGNORE
+        if (ids == 254).any():
+            wrong = np.unique(packed[ids == 254])[:4]
+            raise BadFile("%s holds colours that classes.json does not name: %s. Name them, or list them under ignore"
+                          % (self.path, [[int(v) >> 16, int(v) >> 8 & 255, int(v) & 255] for v in wrong]))
+        return ids
+
+
+def _packed(colour):
+    return colour[0] * 65536 + colour[1] * 256 + colour[2]
+
+
+def _make_room(folder, limit_gb, keep):
+    """Delete the longest unused sets until the store is below its cap; refuse when the disk is nearly full."""
+    files = [os.path.join(folder, name) for name in os.listdir(folder)]
+    sizes = {path: os.stat(path) for path in files if os.path.isfile(path)}
+    total = sum(info.st_size for info in sizes.values())
+    for path in sorted(sizes, key=lambda p: sizes[p].st_mtime):
+        if total <= limit_gb * 1e9:
+            break
+        if not any(path.startswith(kept) for kept in keep) and time.time() - sizes[path].st_mtime > 60:
+            os.remove(path)
+            total -= sizes[path].st_size
+    if total > limit_gb * 1e9:
+        raise BadFile("the tile store %s needs more than --cache-gb %g; give a larger cap" % (folder, limit_gb))
+    if shutil.disk_usage(folder).free < 64 << 20:
+        raise BadFile("less than 64 MB are free on the disk of %s; free some, or move the store with --cache" % folder)
