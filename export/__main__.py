@@ -87,7 +87,7 @@ def export(path, out, config, backend):
             ", ".join(measured["frames"]), measured["max_abs_error"], config.tolerance, 100 * measured["changed_share"]))
         made["parity"] = dict(measured, tolerance=config.tolerance, against="torch, by " + backend.describe())
         made["trained"] = {"checkpoint": os.path.basename(path), "sha256": contract.sha256(path), "model": trained.model,
-                           "width": trained.width, "mode": trained.mode, "norm": meta["norm"], "step": meta["step"]}
+                           "width": trained.width, "mode": trained.mode, "frozen_norms": len(meta["frozen"]), "step": meta["step"]}
         for file in files.values():
             os.replace(file, os.path.join(folder, os.path.basename(file)))
         contract.write(contract.path_beside(os.path.join(folder, os.path.basename(out))), made)  # last: makes them valid

@@ -1,8 +1,8 @@
 """Cross-entropy + Dice of a whole batch of images, from tiles that are never in memory together.
 
 Only sums over pixels couple the tiles: entropy E, pixels n, and per class I = sum(p t), P = sum(p), T = sum(t).
-L = E / n + w * mean_c(1 - (2 I_c + 1) / (P_c + T_c + 1))              (METHODS 2, loss of the published code)
-dL/dp of the Dice term needs only the totals (METHODS 8a), so a second pass can back-propagate tile by tile."""
+L = E / n + w * mean_c(1 - (2 I_c + 1) / (P_c + T_c + 1))
+dL/dp of the Dice term needs only the totals (docs/method.md, section 1), so a second pass can back-propagate tile by tile."""
 import torch
 from torch.nn import functional as F
 

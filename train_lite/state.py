@@ -15,6 +15,7 @@ from train_lite.models import build, norm
 from train_lite.patches import Batch, View
 
 CALIBRATION_PATCHES = 32  # for the statistics of frozen norms; drawn from all training images
+FREEZE_SPAN = 0.3         # of the run, over which the group norms are frozen
 
 
 class Problem:
@@ -30,8 +31,18 @@ class Problem:
         self.batches = -(-len(train) // config.batch)
         inner = config.inner if self.settings.gradient == "sampled" else 1
         self.steps = -(-self.batches * inner // config.accumulation) * config.epochs
-        self.freeze_step = {"group": int(round(config.freeze_at * self.steps)), "frozen": 0}.get(config.norm, self.steps)
         self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(config))
+
+    def frozen_due(self, step, layers):
+        """How many of `layers` group norms are to be frozen after `step` optimizer steps: one after the other from
+        --freeze-at on, all of them FREEZE_SPAN of the run later."""
+        config = self.config
+        if config.norm == "frozen":
+            return layers
+        if config.freeze_at >= 1 or config.norm != "group":
+            return 0
+        span = min(FREEZE_SPAN, (1 - config.freeze_at) / 2)
+        return int(min(max(0.0, (step / float(self.steps) - config.freeze_at) / span), 1.0) * layers)
 
     def batch(self, epoch, number):
         """Batch `number` of an epoch, and the generator for everything random in it: functions of the seed."""
@@ -58,12 +69,12 @@ class Problem:
 class State:
     """Net, optimizer moments, position, best score."""
 
-    def __init__(self, problem, norm_kind=None):
+    def __init__(self, problem, frozen=()):
         config = problem.config
-        self.norm_kind = norm_kind or ("group" if config.norm == "frozen" else config.norm)
         torch.manual_seed(config.seed)
-        self.net = build(config.model, config.width, self.norm_kind, problem.classes.outputs, problem.settings.fusion)
-        self.net.to(problem.device)
+        self.net = _build(config, problem.classes, frozen).to(problem.device)
+        self.frozen = list(frozen)   # names of the group norms that have become affines
+        self.norms = len(frozen) + len(norm.group_norms(self.net))
         self.optimizer = adamw(self.net.parameters(), config)
         self.epoch = self.batch = self.step = 0   # the next batch to do; optimizer steps done
         self.best = -1.0
@@ -77,13 +88,13 @@ class State:
                     tensors["adamw.%s.%s" % (key, name)] = value.cpu().numpy()
         checkpoint.write(path, tensors, {
             "config": problem.config._asdict(), "classes": problem.classes._asdict(), "tile": problem.tile,
-            "norm": self.norm_kind, "epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best,
+            "frozen": self.frozen, "epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best,
             "loss_sum": self.loss_sum, "loss_count": self.loss_count})
 
     @classmethod
     def load(cls, path, problem):
         tensors, meta = checkpoint.read_newest(path)
-        state = cls(problem, meta["norm"])
+        state = cls(problem, meta["frozen"])
         for name in ("epoch", "batch", "step", "best", "loss_sum", "loss_count"):
             setattr(state, name, meta[name])
         _load(state.net, tensors, path)
@@ -95,9 +106,10 @@ class State:
         return state
 
     def freeze_if_due(self, problem):
-        """From problem.freeze_step on: measure the statistics of every group norm on training patches, and fix them.
-        The best score begins anew: nets before that do not fold."""
-        if self.norm_kind != "group" or self.step < problem.freeze_step:
+        """Freeze the group norms whose time has come, on statistics of training patches. With the last one the best
+        score begins anew: nets before that do not fold."""
+        due = problem.frozen_due(self.step, self.norms)
+        if due <= len(self.frozen):
             return
         picks_rng = np.random.RandomState(problem.config.seed)
         views = [View(stored, int(picks_rng.randint(8)), problem.tile) for stored in problem.train]
@@ -115,10 +127,19 @@ class State:
                     self.net.encoder(one.overviews())
 
         self.net.eval()
-        layers = norm.freeze_norms(self.net, forward)
-        self.norm_kind, self.best = "frozen", -1.0
-        say("step %d: %d norms frozen on %d patches; they fold into the convolutions at export"
-            % (self.step, layers, len(picks)))
+        while len(self.frozen) < due:
+            self.frozen.append(norm.freeze_first(self.net, forward))
+        if due == self.norms:
+            self.best = -1.0
+            say("step %d: all %d norms are frozen; they fold into the convolutions at export" % (self.step, due))
+
+
+def _build(config, classes, frozen):
+    """The net of a config, with the group norms `frozen` replaced."""
+    kind = "group" if config.norm == "frozen" else config.norm
+    net = build(config.model, config.width, kind, classes.outputs, mode_settings(config).fusion)
+    norm.put_frozen(net, frozen)
+    return net
 
 
 def _load(net, tensors, path):
@@ -143,7 +164,7 @@ def restore(path):
     try:
         config = TrainConfig(**meta["config"])
         classes = Classes(**dict(meta["classes"], palette=tuple(map(tuple, meta["classes"]["palette"]))))
-        net = build(config.model, config.width, meta["norm"], classes.outputs, mode_settings(config).fusion)
+        net = _build(config, classes, meta["frozen"])
     except (KeyError, TypeError) as exc:
         raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
     _load(net, tensors, path)

@@ -49,11 +49,10 @@ class ResNet50(nn.Module):
 
 
 class ImagePooling(nn.Sequential):
-    """Mean over the patch, spread back over it: a constant map, so plain broadcasting replaces a resize."""
+    """Mean over the patch, spread back over it; as a resize, which exports as one operator where expand() takes five."""
 
     def forward(self, x):
-        pooled = super().forward(x)
-        return pooled.expand(-1, -1, x.shape[2], x.shape[3])
+        return nn.functional.interpolate(super().forward(x), scale_factor=(float(x.shape[2]), float(x.shape[3])))
 
 
 class ASPP(nn.Module):

@@ -1,6 +1,7 @@
 """Normalisation layers, freezing them to per-channel affines, and folding those into convolutions.
 
-Group norm trains best at batch 1 but does not fold at export; METHODS 8f: train with it, freeze, fine-tune, fold."""
+Group norm trains best at batch 1 but does not fold at export; so: train with it, freeze, fine-tune, fold
+(docs/method.md, section 3)."""
 import torch
 from torch import nn
 
@@ -58,33 +59,43 @@ def set_updating(net, updating):
             module.updating = updating
 
 
-def count(net, kind):
-    """Number of layers of one kind ('group', 'batch', 'frozen') in `net`."""
-    return sum(isinstance(module, NORMS[kind]) for module in net.modules())
+def group_norms(net):
+    """Names of the group norms of `net`."""
+    return [name for name, module in net.named_modules() if isinstance(module, GroupNorm)]
 
 
-def freeze_norms(net, forward):
-    """Replace each group norm, in forward order, by a FrozenNorm with statistics measured on real patches, the
-    earlier layers already replaced (METHODS 8f).
+def freeze_first(net, forward):
+    """Replace the group norm that comes first in forward order by a FrozenNorm with statistics measured on real
+    patches (docs/method.md, section 3).
 
-    forward(): runs calibration patches through `net`, chunk by chunk; it is called once per layer, without grad.
-    Returns the number of layers replaced."""
-    places = {id(old): (parent, name, old) for parent, name, old in _places(net, GroupNorm)}
-    order, hooks = [], []
-    for _parent, _name, old in places.values():
-        hooks.append(old.register_forward_pre_hook(lambda module, _x: order.append(id(module))))
+    forward(): runs calibration patches through `net`, chunk by chunk; called twice, without grad. Returns its name."""
+    first = []
+    names = group_norms(net)
+    hooks = [net.get_submodule(name).register_forward_pre_hook(lambda _m, _x, name=name: first.append(name)) for name in names]
     with torch.no_grad():
         forward()
         for hook in hooks:
             hook.remove()
-        for key in dict.fromkeys(order):  # first use decides; a dict keeps order
-            parent, name, old = places[key]
-            mean, var = _group_statistics(old, forward)
-            new = FrozenNorm(old.num_channels).to(old.weight.device, old.weight.dtype)
-            new.running_mean.copy_(mean)
-            new.running_var.copy_(var)
-            _put(parent, name, old, new)
-    return len(set(order))
+        old = net.get_submodule(first[0])
+        mean, var = _group_statistics(old, forward)
+        new, = put_frozen(net, first[:1])
+        new.running_mean.copy_(mean)
+        new.running_var.copy_(var)
+    return first[0]
+
+
+def put_frozen(net, names):
+    """Replace the group norms `names` by FrozenNorms without statistics; weight and bias stay the same Parameters, so
+    the optimizer keeps their state. Returns the new layers."""
+    made = []
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        old = net.get_submodule(name)
+        new = FrozenNorm(old.num_channels).to(old.weight.device, old.weight.dtype)
+        new.weight, new.bias = old.weight, old.bias
+        setattr(net.get_submodule(parent), child, new)
+        made.append(new)
+    return made
 
 
 def _group_statistics(norm, forward):
@@ -104,16 +115,6 @@ def _group_statistics(norm, forward):
     var = (total[1] / total[2] - mean * mean).clamp(min=0)
     per_group = norm.num_channels // norm.num_groups
     return mean.repeat_interleave(per_group), var.repeat_interleave(per_group)
-
-
-def _places(net, kind):
-    return [(parent, name, child) for parent in net.modules() for name, child in parent.named_children()
-            if isinstance(child, kind)]
-
-
-def _put(parent, name, old, new):
-    new.weight, new.bias = old.weight, old.bias  # the same Parameters: the optimizer keeps their state
-    setattr(parent, name, new)
 
 
 def fold(net):

@@ -1,4 +1,4 @@
-"""Encoder (theta 1) and head (theta 2) of PatchGD with a global patch, for segmentation (METHODS 2)."""
+"""Encoder (theta 1) and head (theta 2) of PatchGD with a global patch, for segmentation (docs/method.md, section 2)."""
 import torch
 from torch import nn
 

@@ -1,0 +1,109 @@
+"""Memory and time of one training step, each way in a process of its own, interleaved:
+
+    python scripts/bench/train_memory.py [--res 1024] [--width 64] [--rounds 2] [--ways patch-exact,full,...]
+
+patch-exact, patch-sampled: train_lite's two gradients; full: the whole image as one batch; full-checkpointed: the
+same with every U-Net level recomputed in the backward pass. AdamW in all. Peak is VmHWM of the whole process: torch,
+net, optimizer, file-backed pages. Time is that of one step over all pixels of one image (patch-sampled: k x J = 16
+patches), after a first one that is not counted. Prints a table and, with --json, an object."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+WAYS = ("patch-exact", "patch-sampled", "full", "full-checkpointed")
+
+
+def one_step(way, res, width, folder):
+    """Runs in the child: two steps of `way` on one demo image. Prints peak MiB and seconds of the second."""
+    import time
+
+    import numpy as np
+    import torch
+
+    from jetson.memory import peak_rss_mib
+    from train_lite import dataset, store
+    from train_lite.config import TrainConfig
+    from train_lite.state import Problem, State
+    torch.set_num_threads(2)
+    config = TrainConfig(res=res, width=width, model="unet", epochs=1, augment=False, norm="group", freeze_at=1.0,
+                         mode="full" if way.startswith("full") else "patch",
+                         gradient=way.split("-")[-1] if way.startswith("patch") else "exact")
+    classes = dataset.read_classes(folder, config)
+    pair, = dataset.find_pairs(folder, 0.0)
+    stored = store.ingest([pair], classes, config.fit, config.res, os.path.join(folder, "cache"), 16, config.patch)
+    problem = Problem(config, classes, stored, [], [], torch.device("cpu"))
+    state = State(problem)
+    if way == "full-checkpointed":
+        _checkpoint_levels(state.net.encoder)
+    gradient = problem.gradient(state.net)
+    for number in range(2):
+        batch, rng = problem.batch(0, 0)
+        start = time.time()
+        for _loss in gradient.rounds(batch, rng):
+            pass
+        gradient.finish(config.clip)
+        state.optimizer.step()
+        for parameter in state.net.parameters():
+            parameter.grad = None
+        seconds = time.time() - start
+    assert all(np.isfinite(p.detach().numpy()).all() for p in state.net.parameters())
+    print(json.dumps({"peak_mib": peak_rss_mib(), "seconds": seconds}))
+
+
+def _checkpoint_levels(unet):
+    """Recompute each level's block in the backward pass instead of keeping its activations."""
+    from torch.utils.checkpoint import checkpoint
+    for blocks in (unet.down, unet.merge):
+        for block in blocks:
+            plain = block.forward
+            # the first block's input needs no gradient; the old form of checkpoint would then give none at all
+            block.forward = lambda x, plain=plain: checkpoint(plain, x) if x.requires_grad else checkpoint(
+                lambda image, flag: plain(image), x, _flag())
+
+
+def _flag():
+    import torch
+    return torch.zeros(1, requires_grad=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--res", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return one_step(args.child[0], args.res, args.width, args.child[1])
+    sys.path.insert(0, ROOT)
+    from train_lite import demo
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("images", "masks"):
+            os.makedirs(os.path.join(folder, kind))
+        demo.draw(os.path.join(folder, "images", "0.png"), os.path.join(folder, "masks", "0.png"), args.res, (0, 0))
+        for _ in range(args.rounds):
+            for way in args.ways.split(","):
+                out = subprocess.check_output(
+                    [sys.executable, os.path.abspath(__file__), "--child", way, folder, "--res", str(args.res), "--width",
+                     str(args.width)], env=dict(os.environ, PYTHONPATH=ROOT))
+                results.setdefault(way, []).append(json.loads(out.decode().strip().splitlines()[-1]))
+    base = min(r["seconds"] for r in results["full"]) if "full" in results else None
+    print("U-Net width %d, %d px, one image, %d rounds" % (args.width, args.res, args.rounds))
+    print("%-18s %10s %10s %14s" % ("way", "peak MiB", "seconds", "time / full"))
+    for way, rows in results.items():
+        seconds = min(row["seconds"] for row in rows)
+        print("%-18s %10.0f %10.1f %14s" % (way, max(row["peak_mib"] for row in rows), seconds,
+                                          "%.2f" % (seconds / base) if base else "-"))
+    if args.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""edge.images against Pillow's whole decode, Pillow's whole resize and numpy's padding; damage; memory."""
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from edge import images
+from edge.errors import BadFile
+
+HEIGHT, WIDTH = 301, 67  # more than two bands of 128 rows, nothing divides evenly
+
+
+def scene(kind, channels, height=HEIGHT, width=WIDTH, seed=0):
+    """(h, w[, channels]) uint8, 'smooth' or 'noisy': an encoder picks other filters for the two."""
+    y, x = np.mgrid[:height, :width]
+    rng = np.random.RandomState(seed)
+    planes = [(128 + 60 * np.sin(y / (9.0 + c)) + 60 * np.cos(x / 7.0)).astype(np.uint8) if kind == "smooth" else
+              rng.randint(0, 256, (height, width)).astype(np.uint8) for c in range(channels)]
+    return np.stack(planes, axis=2) if channels > 1 else planes[0]
+
+
+def filtered_png(path, array, colour, idat=777):
+    """Write a PNG whose rows use the filters 0, 1, 2, 3, 4 in turn (PNG specification, section 9), in many IDATs."""
+    height, width = array.shape[:2]
+    step = array.size // (height * width)
+    raw = array.reshape(height, -1).astype(np.int64)
+    lines = b""
+    for y in range(height):
+        up = raw[y - 1] if y else np.zeros_like(raw[0])
+        left, corner = np.zeros_like(up), np.zeros_like(up)
+        left[step:], corner[step:] = raw[y, :-step], up[:-step]
+        guess = left + up - corner
+        distance = np.stack([abs(guess - left), abs(guess - up), abs(guess - corner)])
+        paeth = np.choose(distance.argmin(axis=0), [left, up, corner])
+        other = [0, left, up, (left + up) // 2, paeth][y % 5]
+        lines += bytes(bytearray([y % 5])) + ((raw[y] - other) % 256).astype(np.uint8).tobytes()
+    packed = zlib.compress(lines)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) & 0xffffffff)
+    with open(str(path), "wb") as handle:
+        handle.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)))
+        for at in range(0, len(packed), idat):
+            handle.write(chunk(b"IDAT", packed[at:at + idat]))
+        handle.write(chunk(b"IDAT", b"") + chunk(b"IEND", b""))  # an empty part is legal
+
+
+@pytest.fixture(params=["whole", "streamed"])
+def way(request, monkeypatch):
+    """Both ways that a file may be read."""
+    if request.param == "streamed":
+        monkeypatch.setattr(images, "STREAM_ABOVE_PX", 0)
+    return request.param
+
+
+def read(picture):
+    """All pixels, in windows that ascend and overlap, as tiles do."""
+    rows = []
+    for y in range(0, picture.height, 50):
+        window = picture.window(max(0, y - 7), 0, min(picture.height, y + 50), picture.width)
+        rows.append(np.array(window[min(y, 7):]))
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noisy"])
+@pytest.mark.parametrize("mode,channels", [("L", 1), ("LA", 2), ("RGB", 3), ("RGBA", 4)])
+def test_photo_equals_pillow(tmp_path, way, mode, channels, kind):
+    path = str(tmp_path / "a.png")
+    Image.fromarray(scene(kind, channels), mode).save(path)
+    picture = images.open_photo(path)
+    assert isinstance(picture, images.BandPicture) == (way == "streamed")
+    got = read(picture)
+    with Image.open(path) as image:
+        assert got.dtype == np.uint8 and np.array_equal(got, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("colour,channels", [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_every_png_filter(tmp_path, way, colour, channels):
+    path, array = tmp_path / "a.png", scene("smooth", channels)
+    filtered_png(path, array, colour)
+    if channels in (1, 2):
+        expected = np.repeat(array.reshape(HEIGHT, WIDTH, -1)[..., :1], 3, axis=2)
+    else:
+        expected = array[..., :3]
+    assert np.array_equal(read(images.open_photo(str(path))), expected)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noisy"])
+@pytest.mark.parametrize("ids", [2, 4, 7, 200])
+def test_palette_mask_keeps_its_ids(tmp_path, way, ids, kind):
+    """Pillow stores small palettes in 1, 2 or 4 bits per pixel."""
+    path, array = str(tmp_path / "a.png"), (scene(kind, 1) % ids).astype(np.uint8)
+    image = Image.fromarray(array, "P")
+    image.putpalette([(37 * i + c) % 256 for i in range(ids) for c in range(3)])
+    image.save(path)
+    assert np.array_equal(read(images.open_mask(path, False)), array)
+    colours = np.array([[(37 * i + c) % 256 for c in range(3)] for i in range(ids)], np.uint8)
+    assert np.array_equal(read(images.open_mask(path, True)), colours[array])
+
+
+@pytest.mark.parametrize("width", [67, 64, 1])
+def test_one_bit_mask_is_0_and_1(tmp_path, way, width):
+    path, array = str(tmp_path / "a.png"), scene("noisy", 1, width=width) > 100
+    Image.fromarray((array * 255).astype(np.uint8)).convert("1").save(path)
+    with Image.open(path) as image:
+        assert image.mode == "1"
+    assert np.array_equal(read(images.open_mask(path, False)), array.astype(np.uint8))
+    assert np.array_equal(read(images.open_photo(path))[..., 1], array * np.uint8(255))
+
+
+def test_colour_mask_by_value_takes_the_largest_channel(tmp_path, way):
+    array = scene("noisy", 3)
+    Image.fromarray(array).save(str(tmp_path / "a.png"))
+    assert np.array_equal(read(images.open_mask(str(tmp_path / "a.png"), False)), array.max(axis=2))
+
+
+def interlaced_png(path, array):
+    """Adam7 by hand: Pillow reads interlaced files and writes none."""
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    lines = b"".join(b"\0" + row.tobytes() for y, x, dy, dx in passes for row in array[y::dy, x::dx])
+    blob = b"\x89PNG\r\n\x1a\n"
+    head = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], 8, 2, 0, 0, 1)
+    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        blob += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) & 0xffffffff)
+    with open(str(path), "wb") as handle:
+        handle.write(blob)
+
+
+def test_interlaced_falls_back_to_whole(tmp_path, way):
+    array = scene("smooth", 3, 37, 29)
+    interlaced_png(tmp_path / "a.png", array)
+    picture = images.open_photo(str(tmp_path / "a.png"))
+    assert isinstance(picture, images.ArrayPicture) and np.array_equal(read(picture), array)
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+def damaged(tmp_path, kind, change):
+    path = str(tmp_path / "a.png")
+    Image.fromarray(scene(kind, 3)).save(path)
+    with open(path, "rb") as handle:
+        blob = bytearray(handle.read())
+    with open(path, "wb") as handle:
+        handle.write(change(blob))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noisy"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.6, 0.9, 0.97])
+def test_truncated(tmp_path, way, kind, share):
+    path = damaged(tmp_path, kind, lambda blob: blob[:int(len(blob) * share)])
+    with pytest.raises(BadFile) as caught:
+        read(images.open_photo(path))
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noisy"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
+def test_flipped_bits(tmp_path, way, kind, share):
+    """PNG's own checksums find this; wrong pixels must not go unnoticed."""
+    def flip(blob):
+        blob[int(len(blob) * share)] ^= 0x55
+        return blob
+    path = damaged(tmp_path, kind, flip)
+    with pytest.raises(BadFile):
+        read(images.open_photo(path))
+
+
+@pytest.mark.parametrize("back", [14, 18])
+def test_the_last_checksums_count_too(tmp_path, monkeypatch, back):
+    """The CRC and the Adler-32 that end the last part; they come after all rows, and only they cover the last ones."""
+    def flip(blob):
+        blob[-back] ^= 0x55
+        return blob
+    monkeypatch.setattr(images, "STREAM_ABOVE_PX", 0)
+    path = damaged(tmp_path, "smooth", flip)
+    with pytest.raises(BadFile):
+        read(images.open_photo(path))
+
+
+@pytest.mark.parametrize("make,word", [
+    (lambda p: Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(p), "16 bits"),
+    (lambda p: Image.new("CMYK", (9, 9)).save(p, "JPEG"), "CMYK"),
+    (lambda p: Image.new("P", (9, 9)).save(p, "PNG"), "palette"),
+    (lambda p: open(p, "wb").close(), "empty"),
+    (lambda p: open(p, "w").write("no image at all, but some text of enough length"), "no image"),
+    (lambda p: Image.new("RGB", (9, 9)).save(p, "TIFF", save_all=True, append_images=[Image.new("RGB", (9, 9))]), "2 images"),
+])
+def test_photo_refused(tmp_path, way, make, word):
+    path = str(tmp_path / "x.png")
+    make(path)
+    with pytest.raises(BadFile) as caught:
+        images.open_photo(path)
+    assert word in str(caught.value) and path in str(caught.value)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bands", [1, 50, 1000])
+@pytest.mark.parametrize("channels,palette", [(1, None), (3, None), (1, [(i, 255 - i, i // 2) for i in range(256)])])
+def test_writer_round_trip(tmp_path, channels, palette, bands):
+    path, array = str(tmp_path / "a.png"), scene("noisy", channels)
+    with images.PngWriter(path, HEIGHT, WIDTH, channels, palette) as png:
+        for y in range(0, HEIGHT, bands):
+            assert not os.path.exists(path)
+            png.write(array[y:y + bands])
+    with Image.open(path) as image:
+        assert image.mode == ("P" if palette else "RGB" if channels == 3 else "L")
+        assert np.array_equal(np.asarray(image), array)
+        if palette:
+            assert image.getpalette()[:768] == [v for colour in palette for v in colour]
+    assert os.listdir(str(tmp_path)) == ["a.png"]
+
+
+@pytest.mark.parametrize("rows", [0, 30, HEIGHT])
+def test_writer_leaves_nothing_after_an_error(tmp_path, rows):
+    path = str(tmp_path / "a.png")
+    with pytest.raises(KeyError):
+        with images.PngWriter(path, HEIGHT, WIDTH, 1) as png:
+            if rows:
+                png.write(scene("smooth", 1)[:rows])
+            raise KeyError("stop")
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_writer_leaves_nothing_when_rows_are_missing(tmp_path):
+    with pytest.raises(Exception):
+        with images.PngWriter(str(tmp_path / "a.png"), HEIGHT, WIDTH, 1) as png:
+            png.write(scene("smooth", 1)[:10])
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_writer_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = str(tmp_path / "a.png")
+    images.write_png(path, scene("smooth", 1))
+    with pytest.raises(KeyError):
+        with images.PngWriter(path, HEIGHT, WIDTH, 1):
+            raise KeyError("stop")
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(image), scene("smooth", 1))
+
+
+# --- windows, size, value -------------------------------------------------------------------------------------------
+
+def mirrored(array, y0, x0, y1, x1):
+    """The window out of numpy's own reflection, which the whole image is padded with."""
+    pad = ((max(0, -y0), max(0, y1 - array.shape[0])), (max(0, -x0), max(0, x1 - array.shape[1])), (0, 0))
+    return np.pad(array, pad, mode="reflect")[y0 + pad[0][0]:y1 + pad[0][0], x0 + pad[1][0]:x1 + pad[1][0]]
+
+
+@pytest.mark.parametrize("height,width", [(HEIGHT, WIDTH), (40, 300), (1, 9), (9, 1)])
+def test_random_windows_and_mirrored_ones(tmp_path, way, height, width):
+    array, rng = scene("noisy", 3, height, width), np.random.RandomState(3)
+    Image.fromarray(array).save(str(tmp_path / "a.png"))
+    picture = images.open_photo(str(tmp_path / "a.png"))
+    for _ in range(60):
+        y0, x0 = int(rng.randint(1 - height, height)), int(rng.randint(1 - width, width))
+        y1 = int(rng.randint(max(y0, -1) + 1, max(2 * height - 1, y0 + 2)))
+        x1 = int(rng.randint(max(x0, -1) + 1, max(2 * width - 1, x0 + 2)))
+        assert np.array_equal(picture.window(y0, x0, y1, x1), mirrored(array, y0, x0, y1, x1)), (y0, x0, y1, x1)
+
+
+SIZES = [((301, 67), (97, 23)), ((301, 67), (700, 150)), ((301, 67), (64, 64)), ((300, 400), (3, 1)),
+         ((1, 1), (5, 7)), ((37, 900), (37, 300)), ((900, 37), (300, 37))]
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noisy"])
+@pytest.mark.parametrize("source,target", SIZES)
+def test_resized_equals_pillow(tmp_path, way, source, target, kind):
+    array = scene(kind, 3, *source)
+    Image.fromarray(array).save(str(tmp_path / "a.png"))
+    got = images.whole(images.resized(images.open_photo(str(tmp_path / "a.png")), *target)).astype(int)
+    expected = np.asarray(Image.fromarray(array).resize(target[::-1], Image.BILINEAR)).astype(int)
+    assert got.shape == expected.shape and abs(got - expected).max() <= 1
+
+
+@pytest.mark.parametrize("target", [(97, 23), (700, 150)])
+def test_resized_does_not_depend_on_the_windows(tmp_path, way, target):
+    Image.fromarray(scene("noisy", 3)).save(str(tmp_path / "a.png"))
+    whole = images.whole(images.resized(images.open_photo(str(tmp_path / "a.png")), *target))
+    picture, rng = images.resized(images.open_photo(str(tmp_path / "a.png")), *target), np.random.RandomState(0)
+    for _ in range(30):  # in no order: up, down, over the border
+        y0, x0 = int(rng.randint(-9, target[0])), int(rng.randint(-9, target[1]))
+        box = y0, x0, y0 + int(rng.randint(1, 40)), x0 + int(rng.randint(1, 40))
+        if box[2] > 0 and box[3] > 0:
+            assert np.array_equal(picture.window(*box), mirrored(whole, *box)), box
+
+
+def test_fitted_size():
+    assert images.fitted_size(300, 400, "none", 99) == (300, 400)
+    assert images.fitted_size(300, 400, "stretch", 99) == (99, 99)
+    assert images.fitted_size(300, 400, "long", 100) == (75, 100)
+    assert images.fitted_size(9000, 3, "long", 100) == (100, 1)
+
+
+def test_normalise():
+    pixels = scene("noisy", 3)[:40]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = np.moveaxis((pixels.astype(np.float64) / 255 - mean) / std, 2, 0)
+    got = images.normalise(pixels[None], mean, std)
+    assert got.dtype == np.float32 and got.shape == (1, 3, 40, WIDTH) and abs(got[0] - expected).max() < 1e-5
+    assert np.array_equal(images.normalise(pixels, mean, std), got[0])
+
+
+MEASURE = """
+import sys
+from edge import images
+from jetson.memory import peak_rss_mib
+before = peak_rss_mib()
+small = images.whole(images.resized(images.open_photo(sys.argv[1]), 256, 256))
+print(peak_rss_mib() - before, small.shape, int(small[0, 0, 0]), int(small[-1, 0, 0]))
+"""
+
+
+def test_large_png_is_read_in_little_memory(tmp_path):
+    """36 megapixels are 108 MB decoded. The measuring goes on in a fresh process: a peak never falls."""
+    path, height, width = str(tmp_path / "large.png"), 12000, 3000
+    with images.PngWriter(path, height, width, 3) as png:
+        for y in range(0, height, 500):
+            grey = ((np.arange(y, y + 500) * 255) // height)[:, None] + np.arange(width)[None] % 2
+            png.write(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2))
+    done = subprocess.run([sys.executable, "-c", MEASURE, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=dict(os.environ, PYTHONPATH=ROOT))
+    assert done.returncode == 0, done.stderr.decode()
+    growth, rest = done.stdout.decode().split(" ", 1)
+    shape, first, last = rest.rsplit(" ", 2)
+    assert shape == "(256, 256, 3)" and int(first) <= 2 and int(last) >= 252
+    assert float(growth) < 40, "%s MiB" % growth
