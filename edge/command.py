@@ -50,12 +50,13 @@ def parse(config_class, argv, prog, description, helps, choices=None, positional
     given = vars(parser.parse_args(argv))
     values = dict(defaults)
     if given["config"]:
-        values.update(_from_json(given["config"], defaults, choices))
+        values.update(from_json(given["config"], defaults, choices))
     values.update({k: v for k, v in given.items() if v is not None and k in defaults})
     return config_class(**values)
 
 
-def _from_json(path, defaults, choices):
+def from_json(path, defaults, choices):
+    """Fields of a config class from a JSON file, checked. Raises BadFile for no JSON, UsageError for wrong content."""
     stored = read_json(path, "a config")
     if not isinstance(stored, dict):
         raise UsageError("%s holds no object of flags; expected a run's config.json" % path)
@@ -77,9 +78,13 @@ def read_json(path, what):
     """The object in a JSON file. Raises BadFile when it is missing, unreadable or no JSON."""
     try:
         with open(path, encoding="utf-8") as handle:
-            return json.load(handle)
-    except (OSError, ValueError) as exc:
+            return json.load(handle, parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as exc:
         raise BadFile("cannot read %s: %s: %s" % (what, path, exc)) from exc
+
+
+def _no_constant(name):
+    raise ValueError("%s is no number of JSON" % name)
 
 
 def say(text):

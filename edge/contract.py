@@ -13,6 +13,7 @@ from edge.scores import Recipe
 
 SCHEMA_VERSION = 1
 GEOMETRY_VERSION = 1  # raised when edge.geometry changes what a coordinate means
+FEATURES = 8  # maps between encoder and head
 STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"]}
 
 
@@ -68,17 +69,39 @@ def _disagreements(contract, model):
         wrong.append("stages are %s, a %s pipeline has %s" % (names, contract["pipeline"], STAGES[contract["pipeline"]]))
     if (contract["overview"] is None) == (contract["pipeline"] == "patch"):
         wrong.append("overview is %s in a %s pipeline" % (contract["overview"], contract["pipeline"]))
+    if contract["overview"] and contract["overview"]["size"] != contract["tile"]["size"]:
+        wrong.append("the overview has %d px, its encoder takes %d" % (contract["overview"]["size"], contract["tile"]["size"]))
     if contract["tile"]["overlap"] >= contract["tile"]["size"]:
         wrong.append("tile overlap %(overlap)d is not smaller than the tile, %(size)d" % contract["tile"])
     if contract["stages"][0]["file"] != os.path.basename(model):
         wrong.append("its first stage is %s" % contract["stages"][0]["file"])
     for stage in contract["stages"]:
+        for side in ("inputs", "outputs"):
+            got = {tensor["name"]: tensor["shape"] for tensor in stage[side]}
+            want = _shapes(contract, stage["name"])[side]
+            if got != want:
+                wrong.append("%s of %s are %s, tile, overview and classes ask for %s" % (side, stage["name"], got, want))
         file = os.path.join(os.path.dirname(model), stage["file"])
         if not os.path.isfile(file):
             wrong.append("%s is missing" % file)
         elif sha256(file) != stage["sha256"]:
             wrong.append("%s has other contents than the contract was written for (sha256)" % file)
     return wrong
+
+
+def _shapes(contract, stage):
+    """What tile, overview and classes say about the tensors of a stage: {side: {name: shape}}."""
+    side, batch = contract["tile"]["size"], contract["tile"]["batch"]
+    outputs = 1 if len(contract["classes"]) == 2 else len(contract["classes"])
+    pixels, scores = {"pixels": [batch, 3, side, side]}, {"scores": [batch, outputs, side, side]}
+    if stage == "net":
+        return {"inputs": pixels, "outputs": scores}
+    features = {"features": [batch, FEATURES, side, side]}
+    if stage == "encoder":
+        return {"inputs": pixels, "outputs": features}
+    view = contract["overview"]["size"] if contract["overview"] else 0
+    return {"inputs": dict(features, overview=[1, FEATURES, view, view], rows=[batch, side, view], cols=[batch, side, view]),
+            "outputs": scores}
 
 
 def recipe(contract):

@@ -25,8 +25,8 @@ def reflect(index, size):
 
 def nearest_index(n_out, n_in, start=0, stop=None):
     """Source pixel (nearest centre) of the output pixels start..stop of n_out. Returns (stop-start,) int64."""
-    out = np.arange(start, n_out if stop is None else stop)
-    return np.clip(np.floor(to_unit(out, n_out) * n_in).astype(np.int64), 0, n_in - 1)
+    out = np.arange(start, n_out if stop is None else stop, dtype=np.int64)
+    return np.clip((2 * out + 1) * n_in // (2 * n_out), 0, n_in - 1)  # u * n_in in whole numbers: ties fall one way
 
 
 def bilinear_matrix(n_out, n_in, start=0, stop=None):

@@ -56,17 +56,18 @@ class BandPicture:
             self._restart()
         while self._first + sum(map(len, self._held)) < y1:
             self._held.append(next(self._bands))
-            while self._first + len(self._held[0]) <= y0:
+            while self._held and self._first + len(self._held[0]) <= y0:
                 self._first += len(self._held.pop(0))
         held = self._held[0] if len(self._held) == 1 else np.concatenate(self._held)
-        self._held = [held]
-        return held[y0 - self._first:y1 - self._first]
+        self._held, skip = [held[y0 - self._first:]], y0 - self._first
+        self._first = y0
+        return held[skip:skip + y1 - y0]
 
     def window(self, y0, x0, y1, x1):
         rows = reflect(np.arange(y0, y1), self.height)
         top, bottom = int(rows.min()), int(rows.max()) + 1
         band = ArrayPicture(self._rows(top, bottom)).window(0, x0, bottom - top, x1)
-        return band if bottom - top == y1 - y0 else band[rows - top]
+        return band if y0 >= 0 and y1 <= self.height else band[rows - top]
 
 
 def open_photo(path):
@@ -212,9 +213,11 @@ def _png_bands(path, rows):
                         image, above = _unfilter(header, palette, waiting[:take * stride], above, take, stride)
                         del waiting[:take * stride]
                         done += take
-                        yield image
+                        if done < height:
+                            yield image
         if done < height:
             raise BadFile("%s is damaged: it holds %d of %d rows. Copy it again from its source" % (path, done, height))
+        yield image  # the last rows wait until every checksum behind them has been read
 
 
 def _unfilter(header, palette, band, above, rows, stride):
@@ -224,11 +227,11 @@ def _unfilter(header, palette, band, above, rows, stride):
     small = PNG_MAGIC + _chunk(b"IHDR", header[:4] + struct.pack(">I", rows + 1) + header[8:])
     if palette:
         small += _chunk(b"PLTE", palette)
-    image = Image.open(io.BytesIO(small + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")))
-    image.load()
-    last = np.asarray(image.crop((0, rows, image.width, rows + 1)))[0]
-    last = np.packbits(last) if image.mode == "1" else last
-    return image.crop((0, 1, image.width, rows + 1)), b"\0" + last.tobytes()
+    with Image.open(io.BytesIO(small + _chunk(b"IDAT", data) + _chunk(b"IEND", b""))) as image:
+        image.load()
+        last = np.asarray(image.crop((0, rows, image.width, rows + 1)))[0]
+        last = np.packbits(last) if header[8] == 1 else last  # 1 bit per pixel
+        return image.crop((0, 1, image.width, rows + 1)), b"\0" + last.tobytes()
 
 
 class PngWriter:
@@ -260,8 +263,8 @@ class PngWriter:
 
     def finish(self):
         """All rows are written: the file takes its name."""
-        assert self.rows == self.height, (self.rows, self.height)
         try:
+            assert self.rows == self.height, (self.rows, self.height)
             self._handle.write(_chunk(b"IDAT", self._deflate.flush()) + _chunk(b"IEND", b""))
             self._handle.close()
             os.replace(self._part, self.path)
@@ -356,6 +359,8 @@ def normalise(pixels, mean, std):
 def blend(pixels, labels, palette):
     """Paint class colours over a picture, class 0 left clear. pixels (h, w, 3) uint8, labels (h, w) uint8,
     palette list of (r, g, b). Returns (h, w, 3) uint8."""
-    colours = np.array(palette, np.float32)[labels]
-    mixed = pixels + (colours - pixels) * OVERLAY_OPACITY
-    return np.where((labels > 0)[..., None], mixed, pixels).astype(np.uint8)
+    colours, out = np.array(palette, np.float32), np.array(pixels)
+    painted = labels > 0
+    under = out[painted]  # only these: a band of a wide image is large in float
+    out[painted] = under + (colours[labels[painted]] - under) * OVERLAY_OPACITY
+    return out

@@ -28,6 +28,8 @@ def violations(value, schema, where="$"):
         found.append("%s: is %r, expected to match %s" % (where, value[:60], schema["pattern"]))
     if _is(value, "number") and value < schema.get("minimum", value):
         found.append("%s: is %r, expected at least %r" % (where, value, schema["minimum"]))
+    if _is(value, "number") and value > schema.get("maximum", value):
+        found.append("%s: is %r, expected at most %r" % (where, value, schema["maximum"]))
     if isinstance(value, dict):
         for key in schema.get("required", []):
             if key not in value:

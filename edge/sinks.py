@@ -50,9 +50,12 @@ class Sinks:
         counts = np.zeros(len(self._palette), np.int64)
         size = (picture.height, picture.width)
         behind = frame.open() if overlay_path else None  # a reader of its own: the net reads ahead of the overlay
-        mask = images.PngWriter(mask_path, size[0], size[1], 1, self._palette) if mask_path else None
-        over = images.PngWriter(overlay_path, size[0], size[1], 3) if overlay_path else None
+        mask = over = None
         try:
+            if mask_path:
+                mask = images.PngWriter(mask_path, size[0], size[1], 1, self._palette)
+            if overlay_path:
+                over = images.PngWriter(overlay_path, size[0], size[1], 3)
             y = 0
             for labels in bands:
                 counts += np.bincount(labels.ravel(), minlength=len(counts))
@@ -62,12 +65,12 @@ class Sinks:
                     over.write(images.blend(behind.window(y, 0, y + len(labels), size[1]), labels, self._palette))
                 y += len(labels)
                 lap("write")
+            for png in filter(None, (mask, over)):
+                png.finish()
         except BaseException:  # a half-written file must not look whole, whatever stopped it
             for png in filter(None, (mask, over)):
                 png.abandon()
             raise
-        for png in filter(None, (mask, over)):
-            png.finish()
         lap("write")
         return mask_path, overlay_path, counts
 

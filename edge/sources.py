@@ -1,5 +1,6 @@
 """Where frames come from. A source is a URI or path; it yields Frames and stops at its end."""
 import glob
+import itertools
 import os
 import re
 from typing import Callable, NamedTuple
@@ -18,19 +19,16 @@ class Frame(NamedTuple):
 
 
 def open_source(uri, limit=0):
-    """Iterate over the Frames of an image file, a folder, a glob or synthetic://WxH; at most `limit` when not 0.
-    Raises UsageError for a wrong URI and BadFile for an empty folder. A file is opened by Frame.open, not here."""
+    """An iterator over the Frames of an image file, a folder, a glob or synthetic://WxH; at most `limit` when not 0.
+    Raises UsageError for a wrong URI and BadFile for an empty folder, at once; a file is opened by Frame.open."""
     if uri.startswith("synthetic://"):
-        frames = synthetic(uri)
+        frames = synthetic(*synthetic_size(uri))
     elif "://" in uri:
         raise UsageError("--input %s: this version reads image files, folders, globs and synthetic://WxH"
                          % re.sub(r"//[^/@]*@", "//***@", uri))
     else:
         frames = from_files(find_files(uri))
-    for frame in frames:
-        if limit and frame.index >= limit:
-            return
-        yield frame
+    return itertools.islice(frames, limit or None)
 
 
 def find_files(path):
@@ -57,15 +55,19 @@ def from_files(paths):
         yield Frame(index, name, path, lambda path=path: images.open_photo(path))
 
 
-def synthetic(uri):
-    """synthetic://WIDTHxHEIGHT: an endless test picture, a diagonal gradient that moves with every frame."""
+def synthetic_size(uri):
+    """(width, height) of synthetic://WIDTHxHEIGHT."""
     match = re.match(r"^synthetic://([1-9]\d{0,4})x([1-9]\d{0,4})$", uri)
     if not match:
         raise UsageError("--input %s: expected synthetic://WIDTHxHEIGHT, such as synthetic://1280x720" % uri)
-    width, height = int(match.group(1)), int(match.group(2))
+    return int(match.group(1)), int(match.group(2))
+
+
+def synthetic(width, height):
+    """An endless test picture, a diagonal gradient that moves with every frame."""
     y, x = np.ogrid[:height, :width]
     index = 0
     while True:
         still = np.stack(np.broadcast_arrays(x + 3 * index, y, x + y + 7 * index), axis=2).astype(np.uint8)
-        yield Frame(index, "frame-%06d" % index, uri, lambda still=still: images.ArrayPicture(still))
+        yield Frame(index, "frame-%06d" % index, "synthetic://%dx%d" % (width, height), lambda still=still: images.ArrayPicture(still))
         index += 1

@@ -4,10 +4,10 @@ import os
 import sys
 import time
 
-from edge.command import banner, guarded, parse, read_json, say
-from edge.errors import UsageError
+from edge.command import banner, from_json, guarded, parse, say
+from edge.errors import UsageError, raise_all
 from edge.optional import need
-from train_lite import dataset, demo, store
+from train_lite import checkpoint, dataset, demo, store
 from train_lite.config import CHOICES, HELPS, TrainConfig, check, mode_settings
 from train_lite.runfolder import RunFolder
 
@@ -18,23 +18,22 @@ def main(argv):
     if config.resume:
         config, run = _resumed(config, argv)
     check(config)
+    config = config._replace(epochs=config.epochs or (30 if config.data else 8))
     torch, _ = need("torch"), need("tqdm")
     from train_lite import loop, state
     device = _device(torch, config)
     banner("train_lite", device.type, "torch " + torch.__version__)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    config = config._replace(threads=torch.get_num_threads())  # kept with the run: sums depend on how they are shared
     data, stored, classes = _data(config)
     problem = state.Problem(config, classes, *stored, device=device)
     if config.resume:
-        start = state.State.load(run.last, problem)
+        start = state.State.load(run.last, problem) if checkpoint.exists(run.last) else state.new(problem)
         run.rewind(start.step, start.epoch)
+        say("going on after step %d" % start.step if start.step else "no checkpoint was written yet: starting again")
     else:
-        start = state.State(problem)
+        start = state.new(problem)
         run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.normpath(data)).replace(".csv", ""), config.mode))
-        if config.weights:
-            say("%d of %d tensors of the encoder from %s"
-                % (state.load_encoder(start.net, config.weights, config.allow_pickle) + (config.weights,)))
     run.point_last()
     _describe(problem, start, run)
     began = time.time()
@@ -51,7 +50,7 @@ def _resumed(flags, argv):
     if extra:
         raise UsageError("--resume takes all settings from the run; leave out %s, or start a new run" % " ".join(extra))
     run = RunFolder(os.path.realpath(flags.resume)) if os.path.islink(flags.resume) else run
-    config = TrainConfig(**dict(TrainConfig()._asdict(), **read_json(run.config, "the run's config")))
+    config = TrainConfig()._replace(**from_json(run.config, TrainConfig._field_defaults, CHOICES))
     return config._replace(resume=flags.resume, json=flags.json, debug=flags.debug), run
 
 
@@ -63,16 +62,18 @@ def _data(config):
     pairs = dataset.find_pairs(data, config.val_share, config.group_by)
     classes = dataset.read_classes(data, config)
     folder = store.cache_folder(config, data)
-    side = settings.tile if settings.fusion != "none" else 0
+    side, began, problems = settings.tile if settings.fusion != "none" else 0, time.time(), []
 
     def ingest(split, resize, px):
         chosen = [pair for pair in pairs if pair.split == split]
-        return store.ingest(chosen, classes, resize, px, folder, config.cache_gb, side)
+        return store.ingest(chosen, classes, resize, px, folder, config.cache_gb, side, began, problems)
 
-    train = ingest("train", settings.resize, settings.resize_px)
-    if not train:
+    stored = (ingest("train", settings.resize, settings.resize_px), ingest("val", config.fit, config.res),
+              ingest("test", config.fit, config.res))
+    raise_all(problems, "some images or masks cannot be used", "Mend or remove the files named; the others are kept.")
+    if not stored[0]:
         raise UsageError("--data %s has no training images" % data)
-    return data, (train, ingest("val", config.fit, config.res), ingest("test", config.fit, config.res)), classes
+    return data, stored, classes
 
 
 def _device(torch, config):

@@ -61,6 +61,11 @@ def previous(path):
     return stem + ".1" + suffix
 
 
+def exists(path):
+    """Whether `path` or its older generation is there."""
+    return os.path.exists(path) or os.path.exists(previous(path))
+
+
 def _sync_folder(folder):
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -96,26 +101,30 @@ def read(path, ours=True):
         return tensors, metadata
     except FileNotFoundError as exc:
         raise BadFile("no such checkpoint: %s" % path) from exc
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as exc:
         raise BadFile("%s is damaged or no checkpoint: %s" % (path, exc)) from exc
 
 
-def read_newest(path):
-    """As read(), but falls back to the older generation when `path` is damaged or gone, and says so."""
+def read_newest(path, set_aside=False):
+    """As read(), but falls back to the older generation when `path` is damaged or gone, and says so. set_aside: a
+    damaged `path` is renamed, so that the next write() cannot put it in the place of the good older one."""
     try:
         return read(path)
     except BadFile as exc:
         if not os.path.exists(previous(path)):
             raise BadFile("%s. There is no older one beside it: train again" % exc) from exc
+        found = read(previous(path))
         say("warning: %s; taking the one before it, %s" % (exc, previous(path)))
-        return read(previous(path))
+        if set_aside and os.path.exists(path):
+            os.replace(path, path + ".damaged")
+        return found
 
 
 def find(path):
     """The checkpoint that a user means by a file or a run folder (there: best, else last). Raises UsageError."""
     if os.path.isdir(path):
         for name in ("best.safetensors", "last.safetensors"):
-            if os.path.exists(os.path.join(path, name)) or os.path.exists(previous(os.path.join(path, name))):
+            if exists(os.path.join(path, name)):
                 return os.path.join(path, name)
         raise UsageError("%s holds no checkpoint; expected a run folder, such as runs/train/last" % path)
     if not os.path.exists(path):

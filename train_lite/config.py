@@ -20,7 +20,7 @@ class TrainConfig(NamedTuple):
     model: str = "unet"
     width: int = 16
     norm: str = "group"
-    freeze_at: float = 0.4
+    freeze_at: float = 0.5
     weights: str = ""
     allow_pickle: bool = False
     # patches
@@ -33,11 +33,11 @@ class TrainConfig(NamedTuple):
     fill: str = "sample"
     overlap: int = 32
     # optimisation
-    epochs: int = 20
+    epochs: int = 0
     batch: int = 1
     accumulation: int = 1
     micro_batch: int = 0
-    lr: float = 3e-3
+    lr: float = 1e-3
     beta2: float = 0.999
     warm_up: float = 0.1
     weight_decay: float = 0.01
@@ -71,7 +71,7 @@ HELPS = {
     "model": "net of the encoder",
     "width": "channels of the net's first level; 64 is the published size of both nets",
     "norm": "normalisation: group (exact gradients), batch, frozen (fixed statistics, measured before the first step)",
-    "freeze_at": "share of the steps after which group norms are frozen one by one, so that they fold at export; 1: never",
+    "freeze_at": "share of the steps after which group norms are frozen, so that they fold at export; 1: never",
     "weights": "pretrained weights of the encoder: .safetensors, or .pth with torchvision's names",
     "allow_pickle": "load a .pth on a torch without a safe loader (before 1.13): the file can run any code",
     "mode": "patch; or the paper's comparisons: full (whole image), down (image shrunk to --patch), tiled (no global patch)",
@@ -82,7 +82,7 @@ HELPS = {
     "inner": "inner iterations per batch (sampled)",
     "fill": "sampled, where the Dice sums come from: sample (the patches drawn), image (every patch, as published)",
     "overlap": "px shared by neighbouring tiles when predicting",
-    "epochs": "passes over the training images",
+    "epochs": "passes over the training images; 0: 8 over the demo set, 30 over your data",
     "batch": "images per batch",
     "accumulation": "inner iterations (sampled) or batches (exact) whose gradients make one step",
     "micro_batch": "patches in memory at once; 0: 64 / width, between 1 and 8",
@@ -119,7 +119,7 @@ CHOICES = {
 
 def check(config):
     """Raise UsageError for a value out of range or for flags that exclude each other."""
-    least = {"res": 16, "classes": 1, "width": 4, "patch": 16, "patches": 1, "inner": 1, "overlap": 0, "epochs": 1,
+    least = {"res": 16, "classes": 1, "width": 4, "patch": 16, "patches": 1, "inner": 1, "overlap": 0, "epochs": 0,
              "batch": 1, "accumulation": 1, "micro_batch": 0, "lr": 0.0, "clip": 0.0, "dice": 0.0, "cache_gb": 0.001,
              "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "weight_decay": 0.0}
     for name, value in least.items():

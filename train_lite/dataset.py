@@ -53,16 +53,22 @@ def read_classes(data, config):
     try:
         entries = stored["classes"]
         names = tuple(str(entry["name"]) for entry in entries)
-        colours = [tuple(int(v) for v in entry["colour"]) for entry in entries if "colour" in entry]
+        colours = [_colour(entry["colour"]) for entry in entries if "colour" in entry]
         ignore = stored.get("ignore", [255])
-        ignore = tuple(tuple(v) if isinstance(v, list) else int(v) for v in (ignore if isinstance(ignore, list) else [ignore]))
-        if not 2 <= len(names) <= 250 or len(colours) not in (0, len(names)) or any(len(c) != 3 for c in colours):
-            raise ValueError("2 to 250 classes, all with a colour of three numbers or none")
+        ignore = tuple(_colour(v) if isinstance(v, list) else int(v) for v in (ignore if isinstance(ignore, list) else [ignore]))
+        if not 2 <= len(names) <= 250 or len(colours) not in (0, len(names)):
+            raise ValueError("it has %d classes, %d with a colour; expected 2 to 250, all or none" % (len(names), len(colours)))
     except (KeyError, TypeError, ValueError) as exc:
         raise BadFile('%s: %s; expected {"classes": [{"name": ..., "colour": [r, g, b]}, ...], "ignore": [...]}'
                       % (path, exc)) from exc
     return Classes(names, tuple(colours) or tuple(SHADES[i % len(SHADES)] for i in range(len(names))),
                    1 if len(names) == 2 else len(names), bool(colours), ignore)
+
+
+def _colour(values):
+    if len(values) != 3 or any(type(v) is not int or not 0 <= v <= 255 for v in values):
+        raise ValueError("%r is no colour: three whole numbers from 0 to 255" % (values,))
+    return tuple(values)
 
 
 def find_pairs(data, val_share=0.2, group_by=""):

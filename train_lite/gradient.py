@@ -63,7 +63,8 @@ class Gradient:
     def _sums(self, batch, picks, features, seed):
         chunk = batch.chunk(picks)
         torch.manual_seed(seed)  # both passes over a chunk drop the same units
-        g = None if features is None else features[chunk.image]
+        # not features[chunk.image]: the gradient of indexing adds in whatever order the threads come
+        g = None if features is None else torch.stack([features[v] for v in chunk.image])
         return self.loss.sums(self.net(chunk.pixels, g, chunk.rows, chunk.cols), chunk.labels)
 
     def _encode_overviews(self, batch, seed):

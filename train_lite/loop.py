@@ -61,7 +61,7 @@ def step(problem, run, state, gradient, loss):
     if not np.isfinite(norm):
         raise UsageError("training diverged at step %d: loss %s, gradient %s. Train again with a smaller rate: --lr %g"
                          % (state.step + 1, loss, norm, problem.config.lr / 3))
-    rate = problem.learning_rate(state.step + 1)
+    rate = problem.learning_rate(state.step + 1, state.frozen_at)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
@@ -75,7 +75,7 @@ def end_epoch(problem, run, state, started):
     """Validate, draw, keep the best net; one line for people, one row for machines. Moves `state` to the next epoch."""
     config = problem.config
     row = {"epoch": state.epoch + 1, "step": state.step, "loss": state.loss_sum / max(1, state.loss_count),
-           "lr": problem.learning_rate(state.step)}
+           "lr": problem.learning_rate(state.step, state.frozen_at)}
     state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0.0
     last, result, text = state.epoch == config.epochs, None, ""
     if problem.val and validation_due(config, state.epoch):

@@ -29,8 +29,9 @@ class RunFolder:
         if os.path.exists(run.config):
             raise UsageError("the run %s exists. Go on with it: --resume %s, or take another --name" % (run.path, run.path))
         os.makedirs(os.path.join(run.path, "samples"), exist_ok=True)
-        with open(run.config, "w", encoding="utf-8") as handle:
+        with open(run.config + ".part", "w", encoding="utf-8") as handle:
             json.dump(config._asdict(), handle, indent=1)
+        os.replace(run.config + ".part", run.config)
         return run
 
     def point_last(self):
@@ -59,8 +60,9 @@ class RunFolder:
                             kept.append(line)
                     except (ValueError, KeyError):  # the line that a kill cut short
                         break
-        with open(log, "w", encoding="utf-8") as handle:
+        with open(log + ".part", "w", encoding="utf-8") as handle:
             handle.writelines(kept)
+        os.replace(log + ".part", log)
 
     def log(self, **facts):
         """One line in log.jsonl."""

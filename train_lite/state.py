@@ -15,7 +15,7 @@ from train_lite.models import build, norm
 from train_lite.patches import Batch, View
 
 CALIBRATION_PATCHES = 32  # for the statistics of frozen norms; drawn from all training images
-FREEZE_SPAN = 0.3         # of the run, over which the group norms are frozen
+REWARM = 0.05             # share of the steps over which the rate rises again after the norms are frozen
 
 
 class Problem:
@@ -31,18 +31,9 @@ class Problem:
         self.batches = -(-len(train) // config.batch)
         inner = config.inner if self.settings.gradient == "sampled" else 1
         self.steps = -(-self.batches * inner // config.accumulation) * config.epochs
+        freeze_at = {"group": config.freeze_at, "frozen": 0.0}.get(config.norm, 1.0)
+        self.freeze_step = int(round(freeze_at * self.steps))
         self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(config))
-
-    def frozen_due(self, step, layers):
-        """How many of `layers` group norms are to be frozen after `step` optimizer steps: one after the other from
-        --freeze-at on, all of them FREEZE_SPAN of the run later."""
-        config = self.config
-        if config.norm == "frozen":
-            return layers
-        if config.freeze_at >= 1 or config.norm != "group":
-            return 0
-        span = min(FREEZE_SPAN, (1 - config.freeze_at) / 2)
-        return int(min(max(0.0, (step / float(self.steps) - config.freeze_at) / span), 1.0) * layers)
 
     def batch(self, epoch, number):
         """Batch `number` of an epoch, and the generator for everything random in it: functions of the seed."""
@@ -58,12 +49,12 @@ class Problem:
         loss = SegmentationLoss(self.classes.outputs, config.dice)
         return Gradient(net, loss, self.settings, config.patches, config.inner, micro_batch(config))
 
-    def learning_rate(self, step):
+    def learning_rate(self, step, frozen_at=0):
         """Of optimizer step 1, 2, ...: untuned linear warm-up over 2 / (1 - beta2) steps (Ma & Yarats 2019, section 5),
-        capped by a share of the run, times linear decay to 0."""
+        capped by a share of the run, times linear decay to 0. frozen_at: steps done when the norms were frozen."""
         config = self.config
-        period = max(1.0, min(2 / (1 - config.beta2), config.warm_up * self.steps))
-        return config.lr * min(1.0, step / period) * (1 - (step - 1) / float(self.steps))
+        period = max(1.0, min(2 / (1 - config.beta2), (REWARM if frozen_at else config.warm_up) * self.steps))
+        return config.lr * min(1.0, (step - frozen_at) / period) * (1 - (step - 1) / float(self.steps))
 
 
 class State:
@@ -74,7 +65,7 @@ class State:
         torch.manual_seed(config.seed)
         self.net = _build(config, problem.classes, frozen).to(problem.device)
         self.frozen = list(frozen)   # names of the group norms that have become affines
-        self.norms = len(frozen) + len(norm.group_norms(self.net))
+        self.frozen_at = 0           # optimizer steps done when they did
         self.optimizer = adamw(self.net.parameters(), config)
         self.epoch = self.batch = self.step = 0   # the next batch to do; optimizer steps done
         self.best = -1.0
@@ -88,28 +79,34 @@ class State:
                     tensors["adamw.%s.%s" % (key, name)] = value.cpu().numpy()
         checkpoint.write(path, tensors, {
             "config": problem.config._asdict(), "classes": problem.classes._asdict(), "tile": problem.tile,
-            "frozen": self.frozen, "epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best,
+            "frozen": self.frozen, "epoch": self.epoch, "batch": self.batch, "step": self.step,
+            "frozen_at": self.frozen_at, "best": self.best,
             "loss_sum": self.loss_sum, "loss_count": self.loss_count})
 
     @classmethod
     def load(cls, path, problem):
-        tensors, meta = checkpoint.read_newest(path)
-        state = cls(problem, meta["frozen"])
-        for name in ("epoch", "batch", "step", "best", "loss_sum", "loss_count"):
-            setattr(state, name, meta[name])
+        tensors, meta = checkpoint.read_newest(path, set_aside=True)
+        try:
+            state = cls(problem, meta["frozen"])
+            for name in ("epoch", "batch", "step", "frozen_at", "best", "loss_sum", "loss_count"):
+                setattr(state, name, meta[name])
+            moments = [{key: torch.from_numpy(tensors["adamw.%s.%s" % (key, name)].copy())
+                        for key in ("exp_avg", "exp_avg_sq")} for name, _ in state.net.named_parameters()] if state.step > state.frozen_at else []
+        except (KeyError, AttributeError) as exc:
+            raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
         _load(state.net, tensors, path)
-        moments = [{key: torch.from_numpy(tensors["adamw.%s.%s" % (key, name)].copy())
-                    for key in ("exp_avg", "exp_avg_sq")} for name, _ in state.net.named_parameters()] if state.step else []
         stored = state.optimizer.state_dict()
-        stored["state"] = {i: dict(moment, step=state.step) for i, moment in enumerate(moments)}
+        stored["state"] = {i: dict(moment, step=state.step - state.frozen_at) for i, moment in enumerate(moments)}
         state.optimizer.load_state_dict(stored)
         return state
 
     def freeze_if_due(self, problem):
-        """Freeze the group norms whose time has come, on statistics of training patches. With the last one the best
-        score begins anew: nets before that do not fold."""
-        due = problem.frozen_due(self.step, self.norms)
-        if due <= len(self.frozen):
+        """From problem.freeze_step on: freeze the group norms, in forward order, on statistics of training patches.
+
+        AdamW begins anew, its rate with a warm-up: gradients are larger without group norm, and moments of the time
+        before would make the first steps far too long. So does the best score: nets before that do not fold."""
+        names = norm.group_norms(self.net)
+        if not names or self.step < problem.freeze_step or problem.freeze_step == problem.steps:
             return
         picks_rng = np.random.RandomState(problem.config.seed)
         views = [View(stored, int(picks_rng.randint(8)), problem.tile) for stored in problem.train]
@@ -127,11 +124,10 @@ class State:
                     self.net.encoder(one.overviews())
 
         self.net.eval()
-        while len(self.frozen) < due:
-            self.frozen.append(norm.freeze_first(self.net, forward))
-        if due == self.norms:
-            self.best = -1.0
-            say("step %d: all %d norms are frozen; they fold into the convolutions at export" % (self.step, due))
+        self.frozen += [norm.freeze_first(self.net, forward) for _ in names]
+        self.frozen_at, self.best = self.step, -1.0
+        self.optimizer = adamw(self.net.parameters(), problem.config)
+        say("step %d: %d norms are frozen; they fold into the convolutions at export" % (self.step, len(names)))
 
 
 def _build(config, classes, frozen):
@@ -157,6 +153,15 @@ def adamw(parameters, config):
                              **extra)  # foreach would hold a second copy of every gradient
 
 
+def new(problem):
+    """The State at step 0, with pretrained weights where the config names some."""
+    state, config = State(problem), problem.config
+    if config.weights:
+        loaded = load_encoder(state.net, config.weights, config.allow_pickle)
+        say("%d of %d tensors of the encoder from %s" % (loaded + (config.weights,)))
+    return state
+
+
 def restore(path):
     """The trained net in a checkpoint file, in eval mode, and what it was trained for.
     Returns (net, config, classes, tile px, meta). Raises BadFile."""
@@ -165,7 +170,7 @@ def restore(path):
         config = TrainConfig(**meta["config"])
         classes = Classes(**dict(meta["classes"], palette=tuple(map(tuple, meta["classes"]["palette"]))))
         net = _build(config, classes, meta["frozen"])
-    except (KeyError, TypeError) as exc:
+    except (KeyError, TypeError, AttributeError) as exc:
         raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
     _load(net, tensors, path)
     return net.eval(), config, classes, meta["tile"], meta

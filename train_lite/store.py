@@ -8,13 +8,12 @@ import json
 import os
 import shutil
 import stat
-import time
 
 import numpy as np
 
 from edge import images
 from edge.command import say
-from edge.errors import BadFile, raise_all
+from edge.errors import BadFile
 from edge.geometry import nearest_index, reflect
 from train_lite.dataset import IGNORE
 
@@ -68,9 +67,12 @@ class Stored:
         self.picture = StoredPicture(path, HEADER, height, width, 3)
         self.labels = StoredPicture(path, HEADER + 3 * blocks, height, width, 1)
 
+    def overview_path(self, size):
+        return "%s.%d" % (self.path, size)
+
     def overview(self, size):
         """The whole image at size x size: (size, size, 3) uint8; computed once, then read."""
-        path = "%s.%d" % (self.path, size)
+        path = self.overview_path(size)
         if not os.path.isfile(path) or os.path.getsize(path) != size * size * 3:
             small = images.whole(images.resized(self.picture, size, size))
             _write_atomic(path, lambda handle: handle.write(small.tobytes()))
@@ -100,31 +102,32 @@ def cache_folder(config, data):
     return os.path.join(home, "nanopatch", hashlib.sha256(folder.encode()).hexdigest()[:12])
 
 
-def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview=0):
+def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview, since, problems):
     """Bring all pairs into the store, at the size that `resize`, `resize_px` ask (edge.images.fitted_size), with an
-    overview of `overview` px when not 0. What is there already is kept. Returns the list of Stored, in order.
-    Raises one BadFile that names every bad file, and one when the disk is too small, before it is full."""
+    overview of `overview` px when not 0. What is there already is kept; files not used since the time `since` make
+    room. Returns the list of Stored, in order; what is wrong with a file goes to the list `problems`."""
     os.makedirs(folder, exist_ok=True)
-    stored, problems, first = [], [], True
-    needed = {}
+    stored, added = [], 0
     for pair in pairs:
-        path = os.path.join(folder, _key(pair, classes, resize, resize_px) + ".tiles")
-        needed[path] = pair
         try:
+            path = os.path.join(folder, _key(pair, classes, resize, resize_px) + ".tiles")
             entry = _open(pair, path)
             if entry is None:
-                if first:
-                    say("reading images into the tile store, %s" % folder)
-                    first = False
-                _make_room(folder, limit_gb, set(needed))
+                if added == 0:
+                    say("reading up to %d images into the tile store %s" % (len(pairs), folder))
+                if added % 32 == 0:
+                    _make_room(folder, limit_gb, since)
+                added += 1
                 entry = _add(pair, path, classes, resize, resize_px)
             if overview:
                 entry.overview(overview)
+                os.utime(entry.overview_path(overview))
             os.utime(path)  # recently used: the last to be pruned
             stored.append(entry)
         except BadFile as exc:
             problems.append(str(exc))
-    raise_all(problems, "some images or masks cannot be used", "Mend or remove the files named; the others are kept.")
+    if added:
+        _make_room(folder, limit_gb, since)
     return stored
 
 
@@ -191,15 +194,16 @@ class LabelDecoder:
         self._high = None if classes.outputs > 1 or classes.by_colour else self._binary_level()
 
     def _binary_level(self):
-        picture, top = images.open_mask(self.path, False), 0
+        picture, values = images.open_mask(self.path, False), set()
         for y in range(0, picture.height, 256):
-            band = picture.window(y, 0, min(picture.height, y + 256), picture.width)
-            band = band[~np.isin(band, self.classes.ignore)] if 255 not in self.classes.ignore else band
-            top = max(top, int(band.max()) if band.size else 0)
-        if 1 < top < 128:
+            values.update(np.unique(picture.window(y, 0, min(picture.height, y + 256), picture.width)).tolist())
+        if 1 in values and values <= {0, 1} | set(self.classes.ignore):
+            return 1
+        top = max(values - (set(self.classes.ignore) - {255}) or {0})
+        if 0 < top < 128:
             raise BadFile("%s holds values up to %d; a binary mask has 0 and 1, or black and white. For class ids give "
                           "--classes %d, or a classes.json" % (self.path, top, top + 1))
-        return 1 if top == 1 else 128
+        return 128
 
     def __call__(self, band):
         """band (h, w) values or (h, w, 3) colours -> (h, w) uint8 ids, IGNORE. Raises BadFile naming the values."""
@@ -208,8 +212,7 @@ class LabelDecoder:
         ignored = [v for v in self.classes.ignore if isinstance(v, int)]
         if self._high is not None:
             ids = (band >= self._high).astype(np.uint8)
-            inner = [v for v in ignored if v != 255]  # in a black and white mask 255 is white
-            ids[np.isin(band, inner)] = IGNORE
+            ids[np.isin(band, [v for v in ignored if v != 255 or self._high == 1])] = IGNORE  # or 255 is white
             return ids
         ids = band.copy()
         ids[np.isin(band, ignored)] = IGNORE
@@ -238,15 +241,13 @@ def _packed(colour):
     return colour[0] * 65536 + colour[1] * 256 + colour[2]
 
 
-def _make_room(folder, limit_gb, keep):
-    """Delete the longest unused sets until the store is below its cap; refuse when the disk is nearly full."""
+def _make_room(folder, limit_gb, since):
+    """Delete the longest unused files until the store is below its cap; refuse when the disk is nearly full."""
     files = [os.path.join(folder, name) for name in os.listdir(folder)]
     sizes = {path: os.stat(path) for path in files if os.path.isfile(path)}
     total = sum(info.st_size for info in sizes.values())
     for path in sorted(sizes, key=lambda p: sizes[p].st_mtime):
-        if total <= limit_gb * 1e9:
-            break
-        if not any(path.startswith(kept) for kept in keep) and time.time() - sizes[path].st_mtime > 60:
+        if total > limit_gb * 1e9 and sizes[path].st_mtime < since - 1:  # - 1: clocks of file systems are coarse
             os.remove(path)
             total -= sizes[path].st_size
     if total > limit_gb * 1e9:

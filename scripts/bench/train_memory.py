@@ -17,8 +17,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 WAYS = ("patch-exact", "patch-sampled", "full", "full-checkpointed")
 
 
-def one_step(way, res, width, folder):
-    """Runs in the child: two steps of `way` on one demo image. Prints peak MiB and seconds of the second."""
+def one_step(way, res, width, folder, steps):
+    """Runs in the child: some steps of `way` on one demo image. Prints peak MiB and seconds of the last."""
     import time
 
     import numpy as np
@@ -34,13 +34,13 @@ def one_step(way, res, width, folder):
                          gradient=way.split("-")[-1] if way.startswith("patch") else "exact")
     classes = dataset.read_classes(folder, config)
     pair, = dataset.find_pairs(folder, 0.0)
-    stored = store.ingest([pair], classes, config.fit, config.res, os.path.join(folder, "cache"), 16, config.patch)
+    stored = store.ingest([pair], classes, config.fit, config.res, os.path.join(folder, "cache"), 16, config.patch, 0, [])
     problem = Problem(config, classes, stored, [], [], torch.device("cpu"))
     state = State(problem)
     if way == "full-checkpointed":
         _checkpoint_levels(state.net.encoder)
     gradient = problem.gradient(state.net)
-    for number in range(2):
+    for _ in range(steps):
         batch, rng = problem.batch(0, 0)
         start = time.time()
         for _loss in gradient.rounds(batch, rng):
@@ -76,11 +76,12 @@ def main():
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--steps", type=int, default=2, help="per process; the last one is timed")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return one_step(args.child[0], args.res, args.width, args.child[1])
+        return one_step(args.child[0], args.res, args.width, args.child[1], args.steps)
     sys.path.insert(0, ROOT)
     from train_lite import demo
     results = {}
@@ -92,7 +93,7 @@ def main():
             for way in args.ways.split(","):
                 out = subprocess.check_output(
                     [sys.executable, os.path.abspath(__file__), "--child", way, folder, "--res", str(args.res), "--width",
-                     str(args.width)], env=dict(os.environ, PYTHONPATH=ROOT))
+                     str(args.width), "--steps", str(args.steps)], env=dict(os.environ, PYTHONPATH=ROOT))
                 results.setdefault(way, []).append(json.loads(out.decode().strip().splitlines()[-1]))
     base = min(r["seconds"] for r in results["full"]) if "full" in results else None
     print("U-Net width %d, %d px, one image, %d rounds" % (args.width, args.res, args.rounds))

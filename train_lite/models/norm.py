@@ -68,20 +68,30 @@ def freeze_first(net, forward):
     """Replace the group norm that comes first in forward order by a FrozenNorm with statistics measured on real
     patches (docs/method.md, section 3).
 
-    forward(): runs calibration patches through `net`, chunk by chunk; called twice, without grad. Returns its name."""
-    first = []
-    names = group_norms(net)
-    hooks = [net.get_submodule(name).register_forward_pre_hook(lambda _m, _x, name=name: first.append(name)) for name in names]
+    forward(): runs calibration patches through `net`, chunk by chunk; called once, without grad. Returns its name."""
+    sums, hooks = {}, []  # sums: name -> (3, groups): sum, sum of squares, count; in forward order
+
+    def add(name, norm, x):
+        x = x.reshape(x.shape[0], norm.num_groups, -1).double()
+        count = torch.full_like(x[0, :, 0], x.shape[0] * x.shape[2])
+        sums[name] = sums.get(name, 0) + torch.stack([x.sum(dim=(0, 2)), (x * x).sum(dim=(0, 2)), count])
+
+    for name in group_norms(net):
+        hooks.append(net.get_submodule(name).register_forward_pre_hook(
+            lambda norm, args, name=name: add(name, norm, args[0])))
     with torch.no_grad():
         forward()
         for hook in hooks:
             hook.remove()
-        old = net.get_submodule(first[0])
-        mean, var = _group_statistics(old, forward)
-        new, = put_frozen(net, first[:1])
-        new.running_mean.copy_(mean)
-        new.running_var.copy_(var)
-    return first[0]
+        first = next(iter(sums))
+        total, squares, count = sums[first]
+        mean = total / count
+        var = (squares / count - mean * mean).clamp(min=0)
+        new, = put_frozen(net, [first])
+        per_group = len(new.weight) // len(mean)
+        new.running_mean.copy_(mean.repeat_interleave(per_group))
+        new.running_var.copy_(var.repeat_interleave(per_group))
+    return first
 
 
 def put_frozen(net, names):
@@ -96,25 +106,6 @@ def put_frozen(net, names):
         setattr(net.get_submodule(parent), child, new)
         made.append(new)
     return made
-
-
-def _group_statistics(norm, forward):
-    """Mean and variance per group over everything that reaches `norm` during forward(), spread to channels."""
-    total = torch.zeros(3, norm.num_groups, dtype=torch.float64, device=norm.weight.device)
-
-    def add(_module, args):
-        x = args[0].reshape(args[0].shape[0], norm.num_groups, -1).double()
-        total[0] += x.sum(dim=(0, 2))
-        total[1] += (x * x).sum(dim=(0, 2))
-        total[2] += x.shape[0] * x.shape[2]
-
-    hook = norm.register_forward_pre_hook(add)
-    forward()
-    hook.remove()
-    mean = total[0] / total[2]
-    var = (total[1] / total[2] - mean * mean).clamp(min=0)
-    per_group = norm.num_channels // norm.num_groups
-    return mean.repeat_interleave(per_group), var.repeat_interleave(per_group)
 
 
 def fold(net):

@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-FEATURES = 8  # maps that the encoder gives per pixel; the published number
+from edge.contract import FEATURES  # maps that the encoder gives per pixel: 8, the published number
 
 
 class PatchNet(nn.Module):

@@ -1,0 +1,145 @@
+"""Training as a user runs it: every mode and net through the one loop, and what it leaves behind."""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, command, real_data, write_set
+from train_lite import checkpoint
+from train_lite.__main__ import main
+from train_lite.config import HELPS, TrainConfig
+
+SMALL = ("--res", 56, "--patch", 32, "--overlap", 8, "--width", 4, "--epochs", 2, "--threads", 1)
+
+
+def train(folder, *flags):
+    """Run the command in this process (torch is imported once). Returns the run folder."""
+    name = flags[flags.index("--name") + 1] if "--name" in flags else "run"
+    words = ("--data", write_set(folder / "set"), "--out", folder / "runs", "--name", name) + SMALL + flags
+    assert main([str(word) for word in words]) == 0
+    return folder / "runs" / name
+
+
+def losses_of(run):
+    with open(str(run / "log.jsonl")) as handle:
+        return [json.loads(line)["loss"] for line in handle]
+
+
+@pytest.mark.parametrize("flags", [
+    ("--mode", "full"), ("--mode", "down"), ("--mode", "tiled"), ("--gradient", "exact"), ("--fill", "image"),
+    ("--global-patch", "add"), ("--global-patch", "none"), ("--norm", "batch"), ("--norm", "frozen"),
+    ("--model", "deeplabv3"), ("--model", "deeplabv3", "--norm", "batch", "--gradient", "exact"),
+    ("--batch", 2, "--accumulation", 3), ("--fit", "stretch"), ("--fit", "none", "--mode", "full"), ("--classes", 2),
+], ids=lambda flags: " ".join(map(str, flags)))
+def test_every_way_trains_to_the_end(tmp_path, flags):
+    run = train(tmp_path, *flags)
+    summary = json.loads((run / "summary.json").read_text())
+    assert np.isfinite(summary["val"]["pooled"]["acc"]) and summary["steps"] > 0
+    assert {"config.json", "log.jsonl", "metrics.csv", "last.safetensors", "best.safetensors", "curves.png", "samples",
+            "summary.json"} <= set(os.listdir(str(run)))
+    assert os.path.realpath(str(tmp_path / "runs" / "last")) == os.path.realpath(str(run))
+    losses = losses_of(run)
+    assert len(losses) == summary["steps"] and np.isfinite(losses).all()
+
+
+def test_first_line_says_version_device_backend(tmp_path):
+    done = command("train_lite", "--res", 100, "--demo-images", 3, "--epochs", 1, "--width", 4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr  # no data given: the demo set
+    first = done.stderr.splitlines()[0]
+    assert first.startswith("nanopatch ") and "device cpu" in first and torch.__version__ in first
+
+
+def test_it_learns(trained):
+    """The discs of conftest.write_set are plain to see: a net that did not learn them stays near 0."""
+    with open(str(trained["run"] / "metrics.csv")) as handle:
+        rows = list(csv.DictReader(handle))
+    assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
+    assert float(rows[-1]["iou"]) > 0.5
+
+
+def test_norms_are_frozen_and_best_is_of_the_final_kind(trained):
+    tensors, meta = checkpoint.read(str(trained["run"] / "best.safetensors"))
+    assert len(meta["frozen"]) == 18 == sum(name.endswith("running_var") for name in tensors)
+
+
+def test_config_of_a_run_repeats_it(tmp_path):
+    run = train(tmp_path, "--freeze-at", 0.5)
+    assert main(["--config", str(run / "config.json"), "--name", "again"]) == 0
+    one, two = (checkpoint.read(str(tmp_path / "runs" / name / "last.safetensors"))[0] for name in ("run", "again"))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_chunks_do_not_change_the_training(tmp_path):
+    """micro-batch is memory, not mathematics: exact and sampled steps stay the same up to rounding."""
+    for gradient in ("exact", "sampled"):
+        losses = []
+        for micro in (1, 8):
+            run = train(tmp_path, "--gradient", gradient, "--micro-batch", micro, "--name", "%s-%d" % (gradient, micro))
+            losses.append(losses_of(run))
+        assert np.allclose(losses[0][:4], losses[1][:4], rtol=1e-3)
+
+
+def test_every_flag_is_explained():
+    assert set(HELPS) == set(TrainConfig._fields)
+
+
+def test_learning_rate_warms_up_and_decays():
+    from train_lite.state import Problem
+    problem = Problem.__new__(Problem)
+    problem.steps, problem.config = 1000, TrainConfig(lr=1.0, beta2=0.99, warm_up=0.5)
+    rates = [problem.learning_rate(step) for step in range(1, 1001)]
+    assert abs(rates[99] - 0.5 * 0.901) < 1e-9      # untuned: 2 / (1 - 0.99) = 200 steps
+    assert abs(rates[199] - 0.801) < 1e-9 and rates[-1] <= 0.0011
+    problem.config = TrainConfig(lr=1.0, beta2=0.999, warm_up=0.1)
+    assert abs(problem.learning_rate(100) - 0.901) < 1e-9  # 2000 steps, capped at a tenth of the run
+
+
+def peak(way, res, width, folder):
+    """MiB that one training step peaks at, by the benchmark's own child."""
+    for kind in ("images", "masks"):
+        os.makedirs(os.path.join(folder, kind))
+    from train_lite import demo
+    demo.draw(os.path.join(folder, "images", "0.png"), os.path.join(folder, "masks", "0.png"), res, (0, 0))
+    out = subprocess.check_output(
+        [sys.executable, os.path.join(ROOT, "scripts", "bench", "train_memory.py"), "--child", way, folder, "--res", str(res),
+         "--width", str(width), "--steps", "1"], env=dict(os.environ, PYTHONPATH=ROOT))
+    return json.loads(out.decode().splitlines()[-1])["peak_mib"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_image(tmp_path):
+    small, large = (peak("patch-exact", res, 8, str(tmp_path / str(res))) for res in (1024, 4096))
+    assert large <= 1.05 * small, (small, large)
+
+
+@pytest.mark.slow
+def test_published_unet_trains_in_a_gigabyte(tmp_path):
+    assert peak("patch-exact", 512, 64, str(tmp_path / "s")) <= 1000
+
+
+@pytest.mark.slow
+def test_real_retina_images_train(tmp_path):
+    """Two real photographs, few steps: the loss falls and the scores are those of vessels, not of a constant."""
+    folder = real_data("chasedb1")
+    with open(str(tmp_path / "pairs.csv"), "w") as handle:
+        handle.write("image,mask,split\n")
+        for name, split in (("01L", "train"), ("01R", "train"), ("02L", "val")):
+            handle.write("%s/Image_%s.jpg,%s/Image_%s_1stHO.png,%s\n" % (folder, name, folder, name, split))
+    done = command("train_lite", "--data", tmp_path / "pairs.csv", "--res", 512, "--width", 8, "--epochs", 10, "--lr", 3e-3,
+                   "--name", "run", "--out", "runs", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["val"]["pooled"]["f1"] > 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_losses_of_the_cpu(tmp_path):
+    losses = []
+    for device in ("cpu", "cuda"):
+        losses.append(losses_of(train(tmp_path, "--device", device, "--name", device))[:3])
+    assert np.allclose(losses[0], losses[1], rtol=1e-2)

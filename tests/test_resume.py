@@ -1,0 +1,200 @@
+"""A run that is interrupted or killed, and resumed, ends with the bits of the run that was left alone."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, write_set
+from train_lite import checkpoint
+
+EPOCHS = 16
+BATCHES = 4 * EPOCHS  # of a run: one per image that is trained on
+SAMPLED = ("--patches", 2, "--inner", 4)
+VARIANTS = {"sampled": SAMPLED, "accumulated": SAMPLED + ("--accumulation", 3), "exact": ("--gradient", "exact")}
+
+# Runs train_lite with checkpoint writes that die. argv[1] counts the calls, in train_lite.checkpoint alone, of fsync
+# and replace: before the one with that number the process is killed. A file that awaits its fsync is cut in half
+# first, as a power cut leaves it; a kill alone would leave it whole.
+KILLED_WHILE_SAVING = """
+import os, signal, stat, sys
+from train_lite import __main__, checkpoint
+left = [int(sys.argv.pop(1))]
+class DyingOs:
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        if name not in ("fsync", "replace"):
+            return real
+        def call(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                if name == "fsync" and stat.S_ISREG(os.fstat(args[0]).st_mode):
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+        return call
+checkpoint.os = DyingOs()
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def start(folder, *words):
+    """`python words...` in the background, output to folder/output.txt. One thread: two would be slower here."""
+    env = dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1")
+    with open(str(folder / "output.txt"), "wb") as output:
+        return subprocess.Popen([sys.executable] + [str(word) for word in words], cwd=str(folder), env=env,
+                                stdout=output, stderr=subprocess.STDOUT)
+
+
+def to_the_end(folder, *words):
+    process = start(folder, *words)
+    code = process.wait(timeout=600)
+    text = (folder / "output.txt").read_text()
+    assert code == 0, text
+    return text
+
+
+def new_run(data, name, variant="sampled", save_every=0):
+    """The words that start a run. It freezes its norms in the middle, and validates, so that all of that is resumed."""
+    return ["-m", "train_lite", "--data", data, "--res", 48, "--patch", 16, "--overlap", 4, "--width", 4,
+            "--epochs", EPOCHS, "--threads", 1, "--save-every", save_every, "--out", "runs",
+            "--name", name] + list(VARIANTS[variant])
+
+
+def resume(name):
+    return ["-m", "train_lite", "--resume", os.path.join("runs", name)]
+
+
+def steps_logged(folder, name):
+    path = folder / "runs" / name / "log.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_step(process, folder, name, step):
+    """Returns once the log of the run holds `step` lines, or the process has ended."""
+    deadline = time.time() + 300
+    while process.poll() is None and steps_logged(folder, name) < step:
+        assert time.time() < deadline
+        time.sleep(0.002)
+
+
+def table(run):
+    """metrics.csv without what depends on the clock and the machine."""
+    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    kept = [i for i, column in enumerate(lines[0]) if column not in ("seconds", "peak_mib")]
+    return [[line[i] for i in kept] for line in lines]
+
+
+def assert_same(folder, name, reference):
+    """All tensors bit-equal, and each step and epoch logged once."""
+    ours, theirs = folder / "runs" / name, folder / "runs" / reference
+    for file in ("last.safetensors", "best.safetensors"):
+        (a, at), (b, bt) = checkpoint.read(str(ours / file)), checkpoint.read(str(theirs / file))
+        assert sorted(a) == sorted(b) and len(a) > 10
+        assert [key for key in b if not (a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]))] == []
+        assert {key: value for key, value in at.items() if key != "config"} == {
+            key: value for key, value in bt.items() if key != "config"}
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (ours, theirs)]
+    assert [line["step"] for line in logs[0]] == list(range(1, len(logs[1]) + 1))
+    assert logs[0] == logs[1]
+    assert table(ours) == table(theirs) and len(table(ours)) == 1 + EPOCHS
+    assert sorted(os.listdir(str(ours))) == sorted(os.listdir(str(theirs)))  # nothing half-written is left
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a set and uninterrupted runs in runs/VARIANT, made when first asked for."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_set(folder / "set", count=5, height=48, width=40)
+    return folder
+
+
+def uninterrupted(place, variant="sampled"):
+    if not (place / "runs" / variant).exists():
+        to_the_end(place, *new_run("set", variant, variant))
+    return variant
+
+
+@pytest.mark.parametrize("variant, stop", [
+    ("sampled", signal.SIGINT), ("accumulated", signal.SIGINT), ("exact", signal.SIGTERM)])
+def test_interrupt_and_resume(variant, stop, place):
+    reference, name = uninterrupted(place, variant), "stopped-" + variant
+    process = start(place, *new_run("set", name, variant, save_every=60))
+    wait_for_step(process, place, name, steps_logged(place, reference) // 2 + 1)  # in mid-epoch
+    process.send_signal(stop)
+    code, text = process.wait(timeout=120), (place / "output.txt").read_text()
+    assert code == 130, text
+    assert "Traceback" not in text and "--resume runs/" + name in text.replace(os.sep, "/")
+    _tensors, meta = checkpoint.read(str(place / "runs" / name / "last.safetensors"))
+    assert 0 < meta["step"] < steps_logged(place, reference)
+    to_the_end(place, *resume(name))
+    assert_same(place, name, reference)
+
+
+def test_resume_of_a_finished_run_changes_nothing(place):
+    reference = uninterrupted(place)
+    before = (place / "runs" / reference / "last.safetensors").read_bytes()
+    to_the_end(place, *resume(reference))
+    assert (place / "runs" / reference / "last.safetensors").read_bytes() == before
+
+
+def test_killed_before_the_first_checkpoint(place):
+    """The run's config is there, nothing else: --resume begins at the beginning."""
+    reference, name = uninterrupted(place), "early"
+    process = start(place, "-c", KILLED_WHILE_SAVING, 1, *new_run("set", name)[2:])
+    assert process.wait(timeout=300) == -signal.SIGKILL
+    left = os.listdir(str(place / "runs" / name))
+    assert "config.json" in left and "last.safetensors" not in left
+    to_the_end(place, *resume(name))
+    assert_same(place, name, reference)
+
+
+@pytest.mark.slow
+def test_killed_inside_checkpoint_writes(place):
+    """At every moment of a write: file not synced, old one moved, new one not named, folder not synced."""
+    reference, name = uninterrupted(place), "saving"
+    assert start(place, "-c", KILLED_WHILE_SAVING, 6, *new_run("set", name)[2:]).wait(timeout=300) == -signal.SIGKILL
+    for call in range(1, 10):
+        process = start(place, "-c", KILLED_WHILE_SAVING, call, *resume(name)[2:])
+        assert process.wait(timeout=300) == -signal.SIGKILL, (call, (place / "output.txt").read_text())
+    to_the_end(place, *resume(name))
+    assert_same(place, name, reference)
+
+
+@pytest.mark.slow
+def test_a_damaged_generation_does_not_push_out_the_good_one(place):
+    """Last is damaged, resume takes the one before it. A kill inside the next write must not leave the damaged one."""
+    reference, name = uninterrupted(place), "damaged"
+    assert start(place, "-c", KILLED_WHILE_SAVING, 12, *new_run("set", name)[2:]).wait(timeout=300) == -signal.SIGKILL
+    last = place / "runs" / name / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    assert start(place, "-c", KILLED_WHILE_SAVING, 3, *resume(name)[2:]).wait(timeout=300) == -signal.SIGKILL
+    to_the_end(place, *resume(name))
+    assert_same(place, name, reference)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(place):
+    reference, name, rng = uninterrupted(place), "killed", random.Random(7)
+    words, kills = new_run("set", name), 0
+    per_batch = steps_logged(place, reference) // BATCHES
+    while kills < 20:
+        process = start(place, *words)
+        if kills % 5 == 4:  # at any moment of a start: imports, reading the checkpoint, rewinding the logs
+            time.sleep(rng.uniform(0, 4))
+        else:               # within the next three batches; their saves take a good part of the time
+            wait_for_step(process, place, name, steps_logged(place, name) + rng.randint(1, 3 * per_batch))
+            time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        code = process.wait()
+        assert code == -signal.SIGKILL, (place / "output.txt").read_text()
+        kills += 1
+        if (place / "runs" / name / "config.json").exists():
+            words = resume(name)
+    to_the_end(place, *words)
+    assert_same(place, name, reference)
