@@ -69,5 +69,6 @@ def synthetic(width, height):
     index = 0
     while True:
         still = np.stack(np.broadcast_arrays(x + 3 * index, y, x + y + 7 * index), axis=2).astype(np.uint8)
-        yield Frame(index, "frame-%06d" % index, "synthetic://%dx%d" % (width, height), lambda still=still: images.ArrayPicture(still))
+        yield Frame(index, "frame-%06d" % index, "synthetic://%dx%d" % (width, height),
+                    lambda still=still: images.ArrayPicture(still))
         index += 1

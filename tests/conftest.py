@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     data = write_set(folder / "set", count=5, height=96, width=120)
     done = command("train_lite", "--data", data, "--res", 120, "--patch", 48, "--overlap", 16, "--width", 4, "--epochs", 6,
-                   "--freeze-at", 0.5, "--name", "run", "--out", folder / "runs", cwd=folder)
+                   "--lr", 3e-3, "--freeze-at", 0.5, "--name", "run", "--out", folder / "runs", cwd=folder)
     assert done.returncode == 0, done.stderr
     model = folder / "model.onnx"
     done = command("export", folder / "runs" / "run", "--out", model, cwd=folder)

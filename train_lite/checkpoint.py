@@ -105,9 +105,9 @@ def read(path, ours=True):
         raise BadFile("%s is damaged or no checkpoint: %s" % (path, exc)) from exc
 
 
-def read_newest(path, set_aside=False):
-    """As read(), but falls back to the older generation when `path` is damaged or gone, and says so. set_aside: a
-    damaged `path` is renamed, so that the next write() cannot put it in the place of the good older one."""
+def read_newest(path, drop_damaged=False):
+    """As read(), but falls back to the older generation when `path` is damaged or gone, and says so. drop_damaged: a
+    damaged `path` is deleted, so that the next write() cannot put it in the place of the good older one."""
     try:
         return read(path)
     except BadFile as exc:
@@ -115,8 +115,8 @@ def read_newest(path, set_aside=False):
             raise BadFile("%s. There is no older one beside it: train again" % exc) from exc
         found = read(previous(path))
         say("warning: %s; taking the one before it, %s" % (exc, previous(path)))
-        if set_aside and os.path.exists(path):
-            os.replace(path, path + ".damaged")
+        if drop_damaged and os.path.exists(path):
+            os.remove(path)
         return found
 
 

@@ -79,19 +79,19 @@ class State:
                     tensors["adamw.%s.%s" % (key, name)] = value.cpu().numpy()
         checkpoint.write(path, tensors, {
             "config": problem.config._asdict(), "classes": problem.classes._asdict(), "tile": problem.tile,
-            "frozen": self.frozen, "epoch": self.epoch, "batch": self.batch, "step": self.step,
-            "frozen_at": self.frozen_at, "best": self.best,
-            "loss_sum": self.loss_sum, "loss_count": self.loss_count})
+            "frozen": self.frozen, "frozen_at": self.frozen_at, "epoch": self.epoch, "batch": self.batch,
+            "step": self.step, "best": self.best, "loss_sum": self.loss_sum, "loss_count": self.loss_count})
 
     @classmethod
     def load(cls, path, problem):
-        tensors, meta = checkpoint.read_newest(path, set_aside=True)
+        tensors, meta = checkpoint.read_newest(path, drop_damaged=True)
         try:
             state = cls(problem, meta["frozen"])
             for name in ("epoch", "batch", "step", "frozen_at", "best", "loss_sum", "loss_count"):
                 setattr(state, name, meta[name])
+            names = [name for name, _ in state.net.named_parameters()] if state.step > state.frozen_at else []
             moments = [{key: torch.from_numpy(tensors["adamw.%s.%s" % (key, name)].copy())
-                        for key in ("exp_avg", "exp_avg_sq")} for name, _ in state.net.named_parameters()] if state.step > state.frozen_at else []
+                        for key in ("exp_avg", "exp_avg_sq")} for name in names]
         except (KeyError, AttributeError) as exc:
             raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
         _load(state.net, tensors, path)
@@ -112,8 +112,9 @@ class State:
         views = [View(stored, int(picks_rng.randint(8)), problem.tile) for stored in problem.train]
         batch = Batch(views, problem.side, problem.device)
         every = batch.every_patch()
-        picks = [every[i] for i in picks_rng.permutation(len(every))[:CALIBRATION_PATCHES]]
-        chunk = micro_batch(problem.config)
+        # two whole images (--mode full) hold as many pixels as 128 patches of 128 px of 1024 px images
+        count, chunk = (CALIBRATION_PATCHES, micro_batch(problem.config)) if problem.settings.tile else (2, 1)
+        picks = [every[i] for i in picks_rng.permutation(len(every))[:count]]
         overviews = [Batch([view], problem.side, problem.device) for view in views[:CALIBRATION_PATCHES // 8]]
 
         def forward():
@@ -157,6 +158,9 @@ def new(problem):
     """The State at step 0, with pretrained weights where the config names some."""
     state, config = State(problem), problem.config
     if config.weights:
+        if config.norm == "frozen":  # their own statistics, not ones measured here
+            state.frozen = norm.group_norms(state.net)
+            norm.put_frozen(state.net, state.frozen)
         loaded = load_encoder(state.net, config.weights, config.allow_pickle)
         say("%d of %d tensors of the encoder from %s" % (loaded + (config.weights,)))
     return state
