@@ -107,7 +107,7 @@ def peak(way, res, width, folder):
     demo.draw(os.path.join(folder, "images", "0.png"), os.path.join(folder, "masks", "0.png"), res, (0, 0))
     out = subprocess.check_output(
         [sys.executable, os.path.join(ROOT, "scripts", "bench", "train_memory.py"), "--child", way, folder, "--res", str(res),
-         "--width", str(width), "--steps", "1"], env=dict(os.environ, PYTHONPATH=ROOT))
+         "--width", str(width), "--steps", "1", "--threads", "1"], env=dict(os.environ, PYTHONPATH=ROOT, OMP_WAIT_POLICY="PASSIVE"))
     return json.loads(out.decode().splitlines()[-1])["peak_mib"]
 
 

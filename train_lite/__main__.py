@@ -19,6 +19,8 @@ def main(argv):
         config, run = _resumed(config, argv)
     check(config)
     config = config._replace(epochs=config.epochs or (30 if config.data else 8))
+    # before torch loads: threads that wait by spinning make a busy machine five times slower (docs/measured.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch, _ = need("torch"), need("tqdm")
     from train_lite import loop, state
     device = _device(torch, config)

@@ -4,8 +4,8 @@
 
 patch-exact, patch-sampled: train_lite's two gradients; full: the whole image as one batch; full-checkpointed: the
 same with every U-Net level recomputed in the backward pass. AdamW in all. Peak is VmHWM of the whole process: torch,
-net, optimizer, file-backed pages. Time is that of one step over all pixels of one image (patch-sampled: k x J = 16
-patches), after a first one that is not counted. Prints a table and, with --json, an object."""
+net, optimizer, file-backed pages. Time is that of the last of --steps steps over one image (patch-sampled: 16 of its
+patches, in 4 rounds). Prints a table and, with --json, an object."""
 import argparse
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 WAYS = ("patch-exact", "patch-sampled", "full", "full-checkpointed")
 
 
-def one_step(way, res, width, folder, steps):
+def one_step(way, res, width, folder, steps, threads):
     """Runs in the child: some steps of `way` on one demo image. Prints peak MiB and seconds of the last."""
     import time
 
@@ -28,7 +28,7 @@ def one_step(way, res, width, folder, steps):
     from train_lite import dataset, store
     from train_lite.config import TrainConfig
     from train_lite.state import Problem, State
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     config = TrainConfig(res=res, width=width, model="unet", epochs=1, augment=False, norm="group", freeze_at=1.0,
                          mode="full" if way.startswith("full") else "patch",
                          gradient=way.split("-")[-1] if way.startswith("patch") else "exact")
@@ -77,11 +77,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--steps", type=int, default=2, help="per process; the last one is timed")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return one_step(args.child[0], args.res, args.width, args.child[1], args.steps)
+        return one_step(args.child[0], args.res, args.width, args.child[1], args.steps, args.threads)
     sys.path.insert(0, ROOT)
     from train_lite import demo
     results = {}
@@ -93,7 +94,7 @@ def main():
             for way in args.ways.split(","):
                 out = subprocess.check_output(
                     [sys.executable, os.path.abspath(__file__), "--child", way, folder, "--res", str(args.res), "--width",
-                     str(args.width), "--steps", str(args.steps)], env=dict(os.environ, PYTHONPATH=ROOT))
+                     str(args.width), "--steps", str(args.steps), "--threads", str(args.threads)], env=dict(os.environ, PYTHONPATH=ROOT))
                 results.setdefault(way, []).append(json.loads(out.decode().strip().splitlines()[-1]))
     base = min(r["seconds"] for r in results["full"]) if "full" in results else None
     print("U-Net width %d, %d px, one image, %d rounds" % (args.width, args.res, args.rounds))
