@@ -13,6 +13,7 @@ from conftest import ROOT, command, real_data, write_set
 from train_lite import checkpoint
 from train_lite.__main__ import main
 from train_lite.config import HELPS, TrainConfig
+from train_lite.runfolder import RunFolder
 
 SMALL = ("--res", 56, "--patch", 32, "--overlap", 8, "--width", 4, "--epochs", 2, "--threads", 1)
 
@@ -82,6 +83,15 @@ def test_chunks_do_not_change_the_training(tmp_path):
             run = train(tmp_path, "--gradient", gradient, "--micro-batch", micro, "--name", "%s-%d" % (gradient, micro))
             losses.append(losses_of(run))
         assert np.allclose(losses[0][:4], losses[1][:4], rtol=1e-3)
+
+
+def test_one_process_per_run_folder(tmp_path, capsys):
+    run = train(tmp_path)
+    held = RunFolder(str(run))
+    held.hold()
+    assert main(["--resume", str(run)]) == 2 and "another process" in capsys.readouterr().err
+    held._lock.close()
+    assert main(["--resume", str(run)]) == 0
 
 
 def test_every_flag_is_explained():

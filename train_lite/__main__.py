@@ -30,12 +30,14 @@ def main(argv):
     data, stored, classes = _data(config)
     problem = state.Problem(config, classes, *stored, device=device)
     if config.resume:
+        run.hold()
         start = state.State.load(run.last, problem) if checkpoint.exists(run.last) else state.new(problem)
         run.rewind(start.step, start.epoch)
         say("going on after step %d" % start.step if start.step else "no checkpoint was written yet: starting again")
     else:
         start = state.new(problem)
         run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.normpath(data)).replace(".csv", ""), config.mode))
+        run.hold()
     run.point_last()
     _describe(problem, start, run)
     began = time.time()

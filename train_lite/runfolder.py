@@ -1,6 +1,7 @@
 """runs/train/NAME/: config.json, log.jsonl, metrics.csv, last, best, curves.png, samples/. `runs/train/last` points
 at the newest run."""
 import csv
+import fcntl
 import json
 import os
 import time
@@ -33,6 +34,14 @@ class RunFolder:
             json.dump(config._asdict(), handle, indent=1)
         os.replace(run.config + ".part", run.config)
         return run
+
+    def hold(self):
+        """Keep other processes out of this run until we end, however we end. Raises UsageError when one is in it."""
+        self._lock = open(os.path.join(self.path, "lock"), "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise UsageError("another process is training in %s; wait for it, or stop it first" % self.path) from exc
 
     def point_last(self):
         """Make `last` beside the run point at it."""
