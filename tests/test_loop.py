@@ -123,8 +123,9 @@ def peak(way, res, width, folder):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_image(tmp_path):
+    """16 times the pixels, which would be 4 GB more. Two processes differ by some 15 MiB of 510 by themselves."""
     small, large = (peak("patch-exact", res, 8, str(tmp_path / str(res))) for res in (1024, 4096))
-    assert large <= 1.05 * small, (small, large)
+    assert large <= 1.10 * small, (small, large)
 
 
 @pytest.mark.slow
