@@ -69,9 +69,11 @@ def freeze_first(net, forward):
     patches (docs/method.md, section 3).
 
     forward(): runs calibration patches through `net`, chunk by chunk; called once, without grad. Returns its name."""
-    sums, hooks = {}, []  # sums: name -> (3, groups): sum, sum of squares, count; in forward order
+    sums, hooks = {}, []  # sums: name of the first -> (3, groups): sum, sum of squares, count
 
     def add(name, norm, x):
+        if sums and name not in sums:
+            return  # only the first to be reached is replaced now
         x = x.reshape(x.shape[0], norm.num_groups, -1).double()
         count = torch.full_like(x[0, :, 0], x.shape[0] * x.shape[2])
         sums[name] = sums.get(name, 0) + torch.stack([x.sum(dim=(0, 2)), (x * x).sum(dim=(0, 2)), count])
@@ -83,8 +85,7 @@ def freeze_first(net, forward):
         forward()
         for hook in hooks:
             hook.remove()
-        first = next(iter(sums))
-        total, squares, count = sums[first]
+        (first, (total, squares, count)), = sums.items()
         mean = total / count
         var = (squares / count - mean * mean).clamp(min=0)
         new, = put_frozen(net, [first])
