@@ -1,5 +1,6 @@
 """What every command does alike: flags from a NamedTuple, exit codes, the first line of output."""
 import argparse
+import contextlib
 import difflib
 import errno
 import json
@@ -85,6 +86,23 @@ def read_json(path, what):
 
 def _no_constant(name):
     raise ValueError("%s is no number of JSON" % name)
+
+
+@contextlib.contextmanager
+def written(path, mode="w", **options):
+    """An open file that becomes `path` when the block ends well: PATH is the old file or the whole new one, never a
+    part, whatever stops us. A full disk is reported with the name of the file. options: of open()."""
+    part = "%s.%d.part" % (path, os.getpid())
+    try:
+        with open(part, mode, **(options if "b" in mode else dict(options, encoding="utf-8"))) as handle:
+            yield handle
+        os.replace(part, path)
+    except OSError as exc:
+        exc.filename = exc.filename or path  # a failed write() does not know its file
+        raise
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def say(text):

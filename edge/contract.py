@@ -7,7 +7,7 @@ import json
 import os
 
 from edge import schema
-from edge.command import read_json
+from edge.command import read_json, written
 from edge.errors import BadFile, UsageError
 from edge.scores import Recipe
 
@@ -34,10 +34,8 @@ def write(path, contract):
     """Check `contract` (dict) against the schema and write it, atomically."""
     wrong = schema.violations(contract, schema.load("contract"))
     assert not wrong, wrong
-    part = "%s.%d.part" % (path, os.getpid())
-    with open(part, "w", encoding="utf-8") as handle:
+    with written(path) as handle:
         json.dump(contract, handle, indent=1, sort_keys=True)
-    os.replace(part, path)
 
 
 def load(model):

@@ -15,8 +15,11 @@ def load(name):
         return json.load(handle)
 
 
-def violations(value, schema, where="$"):
-    """List of lines 'where: what is wrong', empty when `value` fits `schema`."""
+def violations(value, schema, where="$", definitions=None):
+    """List of lines 'where: what is wrong', empty when `value` fits `schema`. definitions: of the whole schema."""
+    definitions = definitions or schema.get("definitions", {})
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):
@@ -39,13 +42,13 @@ def violations(value, schema, where="$"):
             if inner is False:
                 found.append("%s: unknown key %r" % (where, key))
             elif isinstance(inner, dict):
-                found += violations(part, inner, "%s.%s" % (where, key))
+                found += violations(part, inner, "%s.%s" % (where, key), definitions)
     if isinstance(value, list):
         if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
             found.append("%s: has %d items, expected %s to %s" % (
                 where, len(value), schema.get("minItems", 0), schema.get("maxItems", "any number")))
         for index, part in enumerate(value):
-            found += violations(part, schema.get("items", {}), "%s[%d]" % (where, index))
+            found += violations(part, schema.get("items", {}), "%s[%d]" % (where, index), definitions)
     return found
 
 

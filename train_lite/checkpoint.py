@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 
-from edge.command import say
+from edge.command import say, written
 from edge.errors import BadFile, UsageError
 
 DTYPES = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
@@ -38,21 +38,15 @@ def write(path, tensors, meta):
     header = dict(entries, __metadata__={"nanopatch": text, "sha256": _digest(entries, text, blobs)})
     head = json.dumps(header, sort_keys=True).encode()
     head += b" " * (-len(head) % 8)
-    part = path + ".part"
-    try:
-        with open(part, "wb") as handle:
-            handle.write(struct.pack("<Q", len(head)) + head)
-            for blob in blobs:
-                handle.write(blob)
-            handle.flush()
-            os.fsync(handle.fileno())
+    with written(path, "wb") as handle:
+        handle.write(struct.pack("<Q", len(head)) + head)
+        for blob in blobs:
+            handle.write(blob)
+        handle.flush()
+        os.fsync(handle.fileno())
         if os.path.exists(path):
             os.replace(path, previous(path))
-        os.replace(part, path)
-        _sync_folder(os.path.dirname(os.path.abspath(path)))
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    _sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
 def previous(path):

@@ -6,6 +6,7 @@ import json
 import os
 import time
 
+from edge.command import written
 from edge.errors import UsageError
 from train_lite import metrics, pictures
 
@@ -30,9 +31,8 @@ class RunFolder:
         if os.path.exists(run.config):
             raise UsageError("the run %s exists. Go on with it: --resume %s, or take another --name" % (run.path, run.path))
         os.makedirs(os.path.join(run.path, "samples"), exist_ok=True)
-        with open(run.config + ".part", "w", encoding="utf-8") as handle:
+        with written(run.config) as handle:
             json.dump(config._asdict(), handle, indent=1)
-        os.replace(run.config + ".part", run.config)
         return run
 
     def hold(self):
@@ -42,6 +42,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             raise UsageError("another process is training in %s; wait for it, or stop it first" % self.path) from exc
+        for name in os.listdir(self.path):  # what a killed process was writing
+            if name.endswith(".part"):
+                os.remove(os.path.join(self.path, name))
 
     def point_last(self):
         """Make `last` beside the run point at it."""
@@ -69,9 +72,8 @@ class RunFolder:
                             kept.append(line)
                     except (ValueError, KeyError):  # the line that a kill cut short
                         break
-        with open(log + ".part", "w", encoding="utf-8") as handle:
+        with written(log) as handle:
             handle.writelines(kept)
-        os.replace(log + ".part", log)
 
     def log(self, **facts):
         """One line in log.jsonl."""
@@ -83,12 +85,10 @@ class RunFolder:
     def add_epoch(self, row):
         """One row in metrics.csv, and the curves drawn again. row: dict with COLUMNS, absent where unknown."""
         self.rows.append(row)
-        part = os.path.join(self.path, "metrics.csv.part")
-        with open(part, "w", newline="", encoding="utf-8") as handle:
+        with written(os.path.join(self.path, "metrics.csv"), newline="") as handle:
             writer = csv.DictWriter(handle, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(part, os.path.join(self.path, "metrics.csv"))
         pictures.curves(self.rows, [("loss", "training loss"), ("iou", "validation IoU"), ("f1", "validation F1")],
                         os.path.join(self.path, "curves.png"))
 

@@ -12,7 +12,7 @@ import stat
 import numpy as np
 
 from edge import images
-from edge.command import say
+from edge.command import say, written
 from edge.errors import BadFile
 from edge.geometry import nearest_index, reflect
 from train_lite.dataset import IGNORE
@@ -75,19 +75,9 @@ class Stored:
         path = self.overview_path(size)
         if not os.path.isfile(path) or os.path.getsize(path) != size * size * 3:
             small = images.whole(images.resized(self.picture, size, size))
-            _write_atomic(path, lambda handle: handle.write(small.tobytes()))
+            with written(path, "wb") as handle:
+                handle.write(small.tobytes())
         return np.fromfile(path, np.uint8).reshape(size, size, 3)
-
-
-def _write_atomic(path, fill):
-    part = "%s.%d.part" % (path, os.getpid())
-    try:
-        with open(part, "wb") as handle:
-            fill(handle)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def cache_folder(config, data):
@@ -164,7 +154,7 @@ def _add(pair, path, classes, resize, resize_px):
     sized = images.resized(image, height, width)
     decode = LabelDecoder(pair.mask, classes)
 
-    def fill(handle):
+    with written(path, "wb") as handle:
         handle.write(header)
         for y0 in range(0, height, BLOCK):
             _write_blocks(handle, sized.window(y0, 0, min(height, y0 + BLOCK), width))
@@ -174,7 +164,6 @@ def _add(pair, path, classes, resize, resize_px):
             band = band[rows - rows[0]][:, nearest_index(width, mask.width)]
             _write_blocks(handle, decode(band)[..., None])
 
-    _write_atomic(path, fill)
     return Stored(pair, path, height, width)
 
 
