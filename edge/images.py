@@ -76,6 +76,18 @@ def open_photo(path):
     return _open(path, _photo_pixels, _check_photo)
 
 
+def photo_header(path):
+    """(height, width, whether open_photo reads it in bands) from an image's header; None where open_photo will refuse."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            bands = image.format == "PNG" and height * width > STREAM_ABOVE_PX
+            believable = width < 10 ** 6 if bands else height * width <= WHOLE_LIMIT_PX
+            return (height, width, bands) if believable else None
+    except DAMAGE:
+        return None
+
+
 def open_mask(path, colours):
     """Open a label image. colours True: (h, w, 3) RGB; False: (h, w) values as stored (palette index, grey value,
     0 or 1 of a 1-bit file; the largest channel of a colour file). Raises BadFile as open_photo does."""

@@ -1,18 +1,121 @@
-"""Memory of a process as the kernel counts it. Standard library only."""
+"""Memory as the kernel counts it. Standard library only."""
+import os
+import re
+
+UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "TB": 10 ** 12,
+         "KIB": 2 ** 10, "MIB": 2 ** 20, "GIB": 2 ** 30, "TIB": 2 ** 40, "K": 2 ** 10, "M": 2 ** 20, "G": 2 ** 30}
 
 
-def status_mib(text, key):
-    """Read one field, such as VmHWM, out of the text of /proc/PID/status. Returns MiB, or None when absent."""
+def parse_bytes(text):
+    """'4GB' (10^9), '512MiB' (2^20), '1.5G' (2^30), '4000000000' -> bytes, int. Raises ValueError saying what is wrong."""
+    match = re.match(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*$", text)
+    if not match or match.group(2).upper() not in UNITS:
+        raise ValueError("%r is no amount of memory; expected a number and a unit, such as 4GB, 512MiB or 1.5G" % text)
+    size = int(float(match.group(1)) * UNITS[match.group(2).upper()])
+    if size <= 0:
+        raise ValueError("%r is nothing; expected more than 0, such as 4GB" % text)
+    return size
+
+
+def field_mib(text, key):
+    """One field, such as VmHWM or MemAvailable, of the text of /proc/PID/status or /proc/meminfo. MiB, or None."""
     for line in text.splitlines():
         if line.startswith(key + ":"):
-            return float(line.split()[1]) / 1024  # the kernel writes kB
+            try:
+                return float(line.split()[1]) / 1024  # the kernel writes kB
+            except (IndexError, ValueError):
+                return None
     return None
 
 
-def peak_rss_mib():
-    """Largest resident set of this process so far, in MiB (VmHWM: file-backed pages counted). None off Linux."""
+def read_text(path):
+    """The text of a small file; '' when it cannot be read."""
     try:
-        with open("/proc/self/status") as handle:
-            return status_mib(handle.read(), "VmHWM")
+        with open(path, encoding="utf-8", errors="replace") as handle:
+            return handle.read()
     except OSError:
+        return ""
+
+
+_before_reset = [0.0]  # MiB
+
+
+def peak_rss_mib(since_reset=False):
+    """Largest resident set of this process so far, or since reset_peak(), in MiB (VmHWM: file-backed pages counted).
+    None off Linux."""
+    peak = field_mib(read_text("/proc/self/status"), "VmHWM")
+    return peak if since_reset or peak is None else max(peak, _before_reset[0])
+
+
+def reset_peak():
+    """Begin the peak anew from what is resident now. False where the kernel does not let us."""
+    before = peak_rss_mib()
+    try:
+        with open("/proc/self/clear_refs", "w") as handle:
+            handle.write("5")
+    except OSError:
+        return False
+    _before_reset[0] = before or 0.0
+    return True
+
+
+def rss_mib():
+    """Resident set of this process now, in MiB. None off Linux."""
+    return field_mib(read_text("/proc/self/status"), "VmRSS")
+
+
+def limit_mib():
+    """What this machine, or the control group this process is in, may hold in MiB: the smaller of MemTotal and the
+    group's limit (version 1 or 2). None off Linux."""
+    total = field_mib(read_text("/proc/meminfo"), "MemTotal")
+    return min([mib for _folder, mib in _groups()] + ([] if total is None else [total]), default=None)
+
+
+def _groups():
+    """(folder, limit in MiB) of this process's memory control group and all above it that have a limit."""
+    found = []
+    for line in read_text("/proc/self/cgroup").splitlines():
+        _number, kinds, group = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, name = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if kinds else ("/sys/fs/cgroup", "memory.max")
+        folder = os.path.normpath(top + "/" + group)
+        while len(folder) >= len(top):
+            text = read_text(os.path.join(folder, name)).strip()
+            if text.isdigit():
+                found.append((folder, int(text) / 2.0 ** 20))
+            folder = os.path.dirname(folder)
+    return found
+
+
+def in_use_mib():
+    """What others hold of limit_mib() now: of the control group that sets the limit, else of the machine; page cache
+    that the kernel can drop, and this process, not counted. None off Linux."""
+    info = read_text("/proc/meminfo")
+    total, available, own = field_mib(info, "MemTotal"), field_mib(info, "MemAvailable"), rss_mib()
+    if None in (total, available, own):
         return None
+    group, limit = min(_groups(), key=lambda pair: pair[1], default=(None, total))
+    if limit < total:
+        stat = dict(line.split()[:2] for line in read_text(os.path.join(group, "memory.stat")).splitlines())
+        return max(0.0, int(stat.get("total_rss", stat.get("anon", 0))) / 2.0 ** 20 - own)
+    return max(0.0, total - available - own)
+
+
+def oom_kills():
+    """How often the kernel has killed for want of memory so far: in this control group and those above it, and on the
+    whole machine. A dict name -> count; empty where the kernel does not say (before Linux 4.13)."""
+    counts = {}
+    for folder in [folder for folder, _mib in _groups()]:
+        for name in ("memory.oom_control", "memory.events"):
+            counts[folder] = _counter(os.path.join(folder, name), "oom_kill") or counts.get(folder, 0)
+    machine = _counter("/proc/vmstat", "oom_kill")
+    return counts if machine is None else dict(counts, machine=machine)
+
+
+def _counter(path, key):
+    for line in read_text(path).splitlines():
+        words = line.split()
+        if len(words) == 2 and words[0] == key and words[1].isdigit():
+            return int(words[1])
+    return None

@@ -19,7 +19,7 @@ from edge.cli import main as edge_run
 from edge.command import guarded
 from export.__main__ import main as export
 from train_lite import checkpoint
-from train_lite.__main__ import main as train
+from train_lite.run import main as train
 
 DEEP = "[" * 100000  # JSON nested so deep that a naive reader overflows its stack
 TINY = ("--res", 48, "--patch", 16, "--overlap", 4, "--width", 4, "--patches", 1, "--inner", 1, "--epochs", 1,

@@ -50,7 +50,7 @@ def whole_loss(net, batch, outputs):
     """The loss of the batch computed the plain way: every tile's logits are put at their place in the whole image,
     then BCE or CE and Dice are evaluated over all pixels at once, by another transcription than the product's."""
     every = batch.every_patch()
-    g_all = net.encoder(batch.overviews()) if batch.side else None
+    g_all = net.encoder(batch.overviews(list(range(len(batch.views))))) if batch.side else None
     logits, truth = [], []
     for v, view in enumerate(batch.views):
         canvas, covered = torch.zeros(outputs, view.height, view.width).double(), np.zeros((view.height, view.width), int)

@@ -11,7 +11,7 @@ import torch
 
 from conftest import ROOT, command, real_data, write_set
 from train_lite import checkpoint
-from train_lite.__main__ import main
+from train_lite.run import main
 from train_lite.config import HELPS, TrainConfig
 from train_lite.runfolder import RunFolder
 

@@ -18,12 +18,12 @@ BATCHES = 4 * EPOCHS  # of a run: one per image that is trained on
 SAMPLED = ("--patches", 2, "--inner", 4)
 VARIANTS = {"sampled": SAMPLED, "accumulated": SAMPLED + ("--accumulation", 3), "exact": ("--gradient", "exact")}
 
-# Runs train_lite with checkpoint writes that die. argv[1] counts the calls, in train_lite.checkpoint alone, of fsync
-# and replace: before the one with that number the process is killed. A file that awaits its fsync is cut in half
+# Runs train_lite with checkpoint writes that die. argv[1] counts the calls of fsync and replace on checkpoints: before the one with that number the process is killed. A file that awaits its fsync is cut in half
 # first, as a power cut leaves it; a kill alone would leave it whole.
 KILLED_WHILE_SAVING = """
 import os, signal, stat, sys
-from train_lite import __main__, checkpoint
+from edge import command
+from train_lite import checkpoint, run
 left = [int(sys.argv.pop(1))]
 class DyingOs:
     def __getattr__(self, name):
@@ -31,6 +31,8 @@ class DyingOs:
         if name not in ("fsync", "replace"):
             return real
         def call(*args):
+            if name == "replace" and "safetensors" not in args[0]:
+                return real(*args)
             left[0] -= 1
             if left[0] == 0:
                 if name == "fsync" and stat.S_ISREG(os.fstat(args[0]).st_mode):
@@ -38,8 +40,8 @@ class DyingOs:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
         return call
-checkpoint.os = DyingOs()
-sys.exit(__main__.main(sys.argv[1:]))
+checkpoint.os = command.os = DyingOs()
+sys.exit(run.main(sys.argv[1:]))
 """
 
 

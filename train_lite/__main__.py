@@ -1,119 +1,81 @@
-"""Train a net on images of any size, patch by patch. Without --data: makes a demo set and trains on it."""
-import json
-import os
-import sys
-import time
+"""Train a net on images of any size, patch by patch. Without --data: makes a demo set and trains on it.
 
-from edge.command import banner, from_json, guarded, parse, say
-from edge.errors import UsageError, raise_all
-from edge.optional import need
-from train_lite import checkpoint, dataset, demo, store
-from train_lite.config import CHOICES, HELPS, TrainConfig, check, mode_settings
-from train_lite.runfolder import RunFolder
+This process holds no torch. It starts the training (train_lite.run) and goes on with it from its last checkpoint when it
+is killed, one notch smaller when that was for want of memory."""
+import ctypes
+import glob
+import os
+import signal
+import subprocess
+import sys
+
+from edge.command import guarded, parse, say
+from edge.errors import OverBudget
+from jetson.memory import oom_kills, read_text
+from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check
+
+FRUITLESS = 3  # deaths in a row without a new checkpoint, after which we give up
 
 
 @guarded
 def main(argv):
-    config = parse(TrainConfig, argv, "python -m train_lite", __doc__, HELPS, CHOICES)
-    if config.resume:
-        config, run = _resumed(config, argv)
+    config = parse(TrainConfig, argv, "python -m train_lite", __doc__.splitlines()[0], HELPS, CHOICES)
     check(config)
-    config = config._replace(epochs=config.epochs or (30 if config.data else 8))
-    # before torch loads: threads that wait by spinning make a busy machine five times slower (docs/measured.md)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    torch, _ = need("torch"), need("tqdm")
-    from train_lite import loop, state
-    device = _device(torch, config)
-    banner("train_lite", device.type, "torch " + torch.__version__)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    config = config._replace(threads=torch.get_num_threads())  # kept with the run: sums depend on how they are shared
-    data, stored, classes = _data(config)
-    problem = state.Problem(config, classes, *stored, device=device)
-    if config.resume:
-        run.hold()
-        start = state.State.load(run.last, problem) if checkpoint.exists(run.last) else state.new(problem)
-        run.rewind(start.step, start.epoch)
-        say("going on after step %d" % start.step if start.step else "no checkpoint was written yet: starting again")
-    else:
-        start = state.new(problem)
-        run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.normpath(data)).replace(".csv", ""), config.mode))
-        run.hold()
-    run.point_last()
-    _describe(problem, start, run)
-    began = time.time()
-    result = loop.train(problem, run, start)
-    return _report(config, problem, start, run, result, time.time() - began)
+    words, folder, smaller, fruitless, progress = argv, config.resume, config.smaller, 0, None
+    while True:
+        kills = oom_kills()
+        pid, code = _run(words)
+        if code not in (RETRY_SMALLER, -signal.SIGKILL):
+            return code if code >= 0 else 128 - code
+        folder = folder or _folder_of(config.out, pid)
+        short = code == RETRY_SMALLER or not kills or oom_kills() != kills
+        fruitless, progress = (fruitless + 1, progress) if _saved(folder) == progress else (1, _saved(folder))
+        if fruitless > FRUITLESS and not short:
+            raise OverBudget("the training was killed %d times without getting further. Go on by hand: python -m train_lite "
+                             "--resume %s" % (fruitless, folder))
+        if folder:  # its config.json holds the levers it ran with: one below those
+            words = ["--resume", folder, "--smaller", str(int(short))] + [w for w in argv if w in ("--json", "--debug")]
+        else:
+            smaller += int(short)
+            words = argv + ["--smaller", str(smaller)]
+        say("the training %s; %s%s" % (
+            "ran out of memory" if code == RETRY_SMALLER else "was killed by the kernel, for want of memory" if short
+            else "was killed", "going on from its last checkpoint" if folder else "starting again",
+            ", one notch smaller" if short else ""))
 
 
-def _resumed(flags, argv):
-    """The config and folder of the run to go on with."""
-    run = RunFolder(flags.resume)
-    if not os.path.isfile(run.config):
-        raise UsageError("--resume %s: expected a run folder, such as runs/train/last" % flags.resume)
-    extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in ("--resume", "--json", "--debug")]
-    if extra:
-        raise UsageError("--resume takes all settings from the run; leave out %s, or start a new run" % " ".join(extra))
-    run = RunFolder(os.path.realpath(flags.resume)) if os.path.islink(flags.resume) else run
-    config = TrainConfig()._replace(**from_json(run.config, TrainConfig._field_defaults, CHOICES))
-    return config._replace(resume=flags.resume, json=flags.json, debug=flags.debug), run
+def _run(words):
+    """Train in a child until it ends. Returns (pid, exit code; negative: the signal that killed it)."""
+    libc = ctypes.CDLL(None)
+
+    def prepare():
+        os.setpgid(0, 0)           # Ctrl-C in a terminal reaches us only; we pass it on, once
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no training without its supervisor
+
+    child = subprocess.Popen([sys.executable, "-m", "train_lite.run"] + words, preexec_fn=prepare)
+    before = [(number, signal.signal(number, lambda got, _frame: child.send_signal(got)))
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    try:
+        return child.pid, child.wait()
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
-def _data(config):
-    """Pairs found, split, and brought into the tile store. Returns (path of the data, (train, val, test), Classes)."""
-    data, settings = config.data, mode_settings(config)
-    if not data:
-        data = demo.make(os.path.join("runs", "demo-%d" % config.res), config.res, config.demo_images)
-    pairs = dataset.find_pairs(data, config.val_share, config.group_by)
-    classes = dataset.read_classes(data, config)
-    folder = store.cache_folder(config, data)
-    side, began, problems = settings.tile if settings.fusion != "none" else 0, time.time(), []
-
-    def ingest(split, resize, px):
-        chosen = [pair for pair in pairs if pair.split == split]
-        return store.ingest(chosen, classes, resize, px, folder, config.cache_gb, side, began, problems)
-
-    stored = (ingest("train", settings.resize, settings.resize_px), ingest("val", config.fit, config.res),
-              ingest("test", config.fit, config.res))
-    raise_all(problems, "some images or masks cannot be used", "Mend or remove the files named; the others are kept.")
-    if not stored[0]:
-        raise UsageError("--data %s has no training images" % data)
-    return data, stored, classes
+def _folder_of(out, pid):
+    """The run folder that the process `pid` made and held, '' when it did not get so far."""
+    for lock in glob.glob(os.path.join(out, "*", "lock")):
+        if read_text(lock).strip() == str(pid):
+            return os.path.dirname(lock)
+    return ""
 
 
-def _device(torch, config):
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this torch (%s) sees no CUDA device. Use --device cpu, or install NVIDIA's wheel"
-                         % torch.__version__)
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _describe(problem, start, run):
-    config, settings = problem.config, problem.settings
-    say("%s width %d, %.2f M parameters | mode %s, %s gradient, global patch %s, patch %d px" % (
-        config.model, config.width, sum(p.numel() for p in start.net.parameters()) / 1e6, config.mode,
-        settings.gradient, settings.fusion, problem.tile))
-    say("%d train, %d val, %d test images | %d steps in %d epochs | run folder %s" % (
-        len(problem.train), len(problem.val), len(problem.test), problem.steps, config.epochs, run.path))
-
-
-def _report(config, problem, start, run, result, seconds):
-    """Score the best net on the test images, if any, and say where everything is."""
-    from train_lite.evaluate import evaluate
-    from train_lite.state import restore
-    summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_iou": start.best if problem.val else None,
-               "val": result, "test": None}
-    if problem.test:
-        best = restore(run.best)[0].to(problem.device)
-        summary["test"] = evaluate(best, problem.test, problem.recipe, len(problem.classes.names), problem.device)
-        say("test  IoU %.3f  F1 %.3f (best net, %d images)" % (
-            summary["test"]["pooled"]["iou"], summary["test"]["pooled"]["f1"], len(problem.test)))
-    with open(os.path.join(run.path, "summary.json"), "w", encoding="utf-8") as handle:
-        json.dump(summary, handle, indent=1)
-    say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))
-    say("next: python -m export %s --out model.onnx" % run.path)
-    if config.json:
-        print(json.dumps(summary))
-    return 0
+def _saved(folder):
+    """When a run folder's checkpoint was last written, None without."""
+    try:
+        return os.stat(os.path.join(folder, "last.safetensors")).st_mtime
+    except OSError:
+        return None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import numpy as np
 from edge.command import say, written
 from edge.errors import BadFile, UsageError
 
-DTYPES = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+DTYPES = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I8": np.int8,
+          "U8": np.uint8}
 NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
 HEADER_LIMIT = 100 << 20
 

@@ -3,6 +3,8 @@ from typing import NamedTuple
 
 from edge.errors import UsageError
 
+RETRY_SMALLER = 75  # exit code between train_lite.run and its supervisor: out of memory, go on one notch smaller
+
 
 class TrainConfig(NamedTuple):
     # data
@@ -43,8 +45,15 @@ class TrainConfig(NamedTuple):
     weight_decay: float = 0.01
     clip: float = 1.0
     dice: float = 1.0
+    optimizer: str = "adamw"
     augment: bool = True
     seed: int = 0
+    # memory
+    budget: str = ""
+    plan: bool = False
+    smaller: int = 0
+    tight: bool = False
+    recompute: bool = False
     # run
     name: str = ""
     out: str = "runs/train"
@@ -92,8 +101,14 @@ HELPS = {
     "weight_decay": "of AdamW",
     "clip": "largest norm of the gradient; 0: no limit",
     "dice": "weight of the Dice loss beside the cross-entropy",
+    "optimizer": "adamw; adamw8: its moments in 8 bits, 2 bytes per parameter in place of 8; sgd: none",
     "augment": "flip and quarter-turn whole images at random",
     "seed": "of weights, data order, patches and augmentation",
+    "budget": "memory of the board, such as 4GB: training is made to fit what it leaves; none given: the machine's",
+    "plan": "print what training will take, and which levers make it fit, and stop",
+    "smaller": "begin this many notches below the plan, or below where --resume stopped",
+    "tight": "give freed memory back to the system at once: less fragmentation, more time",
+    "recompute": "keep the inputs of the net's blocks only, and compute their inside again in the backward pass",
     "name": "of the run; none given: data, mode and time",
     "out": "folder of the runs",
     "resume": "run folder to go on with, exactly where it stopped; all other flags come from it",
@@ -113,6 +128,7 @@ CHOICES = {
     "gradient": ["sampled", "exact"],
     "global_patch": ["concat", "add", "none"],
     "fill": ["sample", "image"],
+    "optimizer": ["adamw", "adamw8", "sgd"],
     "device": ["auto", "cpu", "cuda"],
 }
 
@@ -121,7 +137,7 @@ def check(config):
     """Raise UsageError for a value out of range or for flags that exclude each other."""
     least = {"res": 16, "classes": 1, "width": 4, "patch": 16, "patches": 1, "inner": 1, "overlap": 0, "epochs": 0,
              "batch": 1, "accumulation": 1, "micro_batch": 0, "lr": 0.0, "clip": 0.0, "dice": 0.0, "cache_gb": 0.001,
-             "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "weight_decay": 0.0}
+             "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "smaller": 0, "weight_decay": 0.0}
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UsageError("--%s is %s, expected %s or more" % (name.replace("_", "-"), getattr(config, name), value))
@@ -135,6 +151,8 @@ def check(config):
         raise UsageError("--overlap is %d, expected less than --patch, %d" % (config.overlap, config.patch))
     if config.width % 4:
         raise UsageError("--width is %d, expected a multiple of 4, such as 16" % config.width)
+    if config.recompute and config.norm == "batch":
+        raise UsageError("--recompute and --norm batch: its statistics would count every patch twice; leave one out")
     if config.classes > 250:
         raise UsageError("--classes is %d, expected 250 or fewer" % config.classes)
     if config.demo_images and config.demo_images < 3:

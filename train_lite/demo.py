@@ -51,16 +51,19 @@ def make(folder, res, images=0, seed=0):
     return folder
 
 
-def draw(image_path, mask_path, res, seed):
-    """One image and its mask, res x res px. seed: tuple of ints; the same seed gives the same picture."""
+def draw(image_path, mask_path, res, seed, height=0):
+    """One image and its mask, res x res px, or its first `height` rows. seed: tuple of ints; the same seed gives the same
+    picture."""
+    height = height or res
     rng = np.random.RandomState(np.array(seed, np.uint32))
     threads = _threads(rng, res)
     waves = [(rng.uniform(0.5, 2.5, 2) * rng.choice([-1, 1], 2) * 2 * np.pi, rng.uniform(0, 7)) for _ in range(4)]
     centre, radius = rng.uniform(0.42, 0.58, 2), rng.uniform(0.40, 0.46)
     lobes = [(rng.uniform(0.03, 0.09), n, rng.uniform(0, 7)) for n in (2, 3, 5)]
-    with PngWriter(image_path, res, res, 3) as image, PngWriter(mask_path, res, res, 1, [(0, 0, 0), (255, 255, 255)]) as mask:
-        for y0 in range(0, res, BAND):
-            y1 = min(res, y0 + BAND)
+    with PngWriter(image_path, height, res, 3) as image, PngWriter(
+            mask_path, height, res, 1, [(0, 0, 0), (255, 255, 255)]) as mask:
+        for y0 in range(0, height, BAND):
+            y1 = min(height, y0 + BAND)
             y, x = np.ogrid[(y0 + 0.5) / res:(y1 - 0.5) / res:(y1 - y0) * 1j, 0.5 / res:1 - 0.5 / res:res * 1j]
             light = 0.72 + 0.07 * sum(np.cos(f[0] * y + f[1] * x + phase) for f, phase in waves)
             angle = np.arctan2(y - centre[0], x - centre[1])

@@ -6,7 +6,9 @@ encoder. Over all patches this is the exact gradient; over k random ones PatchGD
 import numpy as np
 import torch
 
+from jetson import phases
 from train_lite.models.norm import set_updating
+from train_lite.optimizer import SLAB
 from train_lite.patches import draw
 
 
@@ -67,14 +69,24 @@ class Gradient:
         g = None if features is None else torch.stack([features[v] for v in chunk.image])
         return self.loss.sums(self.net(chunk.pixels, g, chunk.rows, chunk.cols), chunk.labels)
 
-    def _encode_overviews(self, batch, seed):
+    def _encode_overviews(self, batch, seed, which):
+        """Global features of the images `which`, a list of int, of a batch."""
         torch.manual_seed(seed)
-        return self.net.encoder(batch.overviews()) if batch.side else None
+        return self.net.encoder(batch.overviews(which))
+
+    def _features(self, batch, seed):
+        """Global features of all images of a batch (B, 8, q, q), without graph; None when the net takes none."""
+        if not batch.side:
+            return None
+        with torch.no_grad():
+            return torch.cat([self._encode_overviews(batch, seed, which)
+                              for which in self._chunks(list(range(len(batch.views))))])
 
     def fill(self, batch, picks, table, seed):
         """First pass: refresh the sums of `picks` without graph."""
+        phases.mark("pass 1")
         with torch.no_grad():
-            features = self._encode_overviews(batch, seed)
+            features = self._features(batch, seed)
             for number, part in enumerate(self._chunks(picks)):
                 table.put(part, self._sums(batch, part, features, seed + 1 + number))
         self._stale = False
@@ -88,9 +100,9 @@ class Gradient:
         chunks = self._chunks(picks)
         if len(chunks) > 1 and not filled:
             self.fill(batch, picks, table, seed)
+        phases.mark("pass 2")
         set_updating(self.net, len(chunks) == 1)
-        with torch.no_grad():
-            leaf = self._encode_overviews(batch, seed)
+        leaf = self._features(batch, seed)
         if leaf is not None:
             leaf.requires_grad_()
         for number, part in enumerate(chunks):
@@ -102,7 +114,8 @@ class Gradient:
             self._scale = float(pixels) if self._scale is None else self._scale
             (self.loss.surrogate(sums.sum(dim=0), total) * (self._scale / pixels)).backward()
         if leaf is not None:  # g trains the encoder: once, with all that the patches asked of it
-            self._encode_overviews(batch, seed).backward(leaf.grad)
+            for which in self._chunks(list(range(len(batch.views)))):
+                self._encode_overviews(batch, seed, which).backward(leaf.grad[which[0]:which[-1] + 1])
         set_updating(self.net, True)
         self.pending += 1
         return float(self.loss.value(table.total()))
@@ -112,7 +125,8 @@ class Gradient:
         before that limit, not finite when training has diverged (.grad is then left as it is)."""
         divisor, self.pending, self._scale, self._stale = self.pending * self._scale, 0, None, True
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
-        norm = float(torch.sqrt(sum((g.double() ** 2).sum() for g in grads))) / divisor
+        parts = (part for g in grads for part in g.reshape(-1).split(SLAB))  # a copy in float64 of a layer is 75 MB
+        norm = float(torch.sqrt(sum((part.double() ** 2).sum() for part in parts))) / divisor
         if np.isfinite(norm):
             for grad in grads:
                 grad.mul_((min(1.0, clip / norm) if clip and norm else 1.0) / divisor)

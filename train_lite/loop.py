@@ -10,6 +10,7 @@ import numpy as np
 from edge.command import say
 from edge.errors import UsageError
 from edge.optional import need
+from jetson import phases
 from jetson.memory import peak_rss_mib
 from train_lite import pictures
 from train_lite.config import validation_due
@@ -57,14 +58,13 @@ def train_epoch(problem, run, state, stop):
 
 def step(problem, run, state, gradient, loss):
     """One optimizer step on what `gradient` has gathered."""
+    phases.mark("step")
     norm = gradient.finish(problem.config.clip)
     if not np.isfinite(norm):
         raise UsageError("training diverged at step %d: loss %s, gradient %s. Train again with a smaller rate: --lr %g"
                          % (state.step + 1, loss, norm, problem.config.lr / 3))
     rate = problem.learning_rate(state.step + 1, state.frozen_at)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.step()
+    state.optimizer.step(rate)
     for parameter in state.net.parameters():
         parameter.grad = None  # freed, not zeroed: the first pass and validation need the room
     state.step += 1
@@ -78,6 +78,7 @@ def end_epoch(problem, run, state, started):
            "lr": problem.learning_rate(state.step, state.frozen_at)}
     state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0.0
     last, result, text = state.epoch == config.epochs, None, ""
+    phases.mark("validate")
     if problem.val and validation_due(config, state.epoch):
         result = evaluate(state.net, problem.val, problem.recipe, len(problem.classes.names), problem.device)
         row.update(result["pooled"], **{"compat_" + name: value for name, value in result["paper_compat"].items()})

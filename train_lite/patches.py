@@ -78,9 +78,9 @@ class Batch:
         return Chunk(self._pixels(pixels), torch.from_numpy(np.stack(labels)).to(self.device), [v for v, _ in picks],
                      rows, cols)
 
-    def overviews(self):
-        """(images, 3, q, q) float: the global patches."""
-        return self._pixels([view.overview(self.side) for view in self.views])
+    def overviews(self, which):
+        """(n, 3, q, q) float: the global patches of the images `which`, a list of n ints."""
+        return self._pixels([self.views[v].overview(self.side) for v in which])
 
     def _pixels(self, arrays):
         return self._tensor(images.normalise(np.stack(arrays), MEAN, STD))

@@ -31,17 +31,24 @@ class RunFolder:
         if os.path.exists(run.config):
             raise UsageError("the run %s exists. Go on with it: --resume %s, or take another --name" % (run.path, run.path))
         os.makedirs(os.path.join(run.path, "samples"), exist_ok=True)
-        with written(run.config) as handle:
-            json.dump(config._asdict(), handle, indent=1)
+        run.keep(config)
         return run
+
+    def keep(self, config):
+        """Write config.json: with a later start's levers, when it had to take smaller ones."""
+        with written(self.config) as handle:
+            json.dump(config._asdict(), handle, indent=1)
 
     def hold(self):
         """Keep other processes out of this run until we end, however we end. Raises UsageError when one is in it."""
-        self._lock = open(os.path.join(self.path, "lock"), "w")
+        self._lock = open(os.path.join(self.path, "lock"), "a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             raise UsageError("another process is training in %s; wait for it, or stop it first" % self.path) from exc
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))  # so that the supervisor knows its child's run
+        self._lock.flush()
         for name in os.listdir(self.path):  # what a killed process was writing
             if name.endswith(".part"):
                 os.remove(os.path.join(self.path, name))

@@ -6,12 +6,15 @@ import torch
 
 from edge.command import say
 from edge.errors import BadFile, UsageError
+from jetson import phases
 from train_lite import checkpoint, evaluate
 from train_lite.config import TrainConfig, micro_batch, mode_settings
 from train_lite.dataset import Classes
 from train_lite.gradient import Gradient
 from train_lite.losses import SegmentationLoss
 from train_lite.models import build, norm
+from train_lite.models.recompute import recompute
+from train_lite.optimizer import Optimizer
 from train_lite.patches import Batch, View
 
 CALIBRATION_PATCHES = 32  # for the statistics of frozen norms; drawn from all training images
@@ -64,19 +67,24 @@ class State:
         config = problem.config
         torch.manual_seed(config.seed)
         self.net = _build(config, problem.classes, frozen).to(problem.device)
+        if config.recompute:
+            recompute(self.net.encoder)
         self.frozen = list(frozen)   # names of the group norms that have become affines
         self.frozen_at = 0           # optimizer steps done when they did
-        self.optimizer = adamw(self.net.parameters(), config)
+        self.optimizer = self._new_optimizer(config)
         self.epoch = self.batch = self.step = 0   # the next batch to do; optimizer steps done
         self.best = -1.0
         self.loss_sum = self.loss_count = 0.0     # of the epoch so far
 
+    def _new_optimizer(self, config):
+        return Optimizer(self.net, config.optimizer, config.beta2, config.weight_decay)
+
     def save(self, path, problem):
+        phases.mark("checkpoint")
         tensors = {"net." + name: value.detach().cpu().numpy() for name, value in self.net.state_dict().items()}
         for name, parameter in self.net.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if key != "step":
-                    tensors["adamw.%s.%s" % (key, name)] = value.cpu().numpy()
+            for key, value in self.optimizer.moments.get(parameter, {}).items():
+                tensors["adamw.%s.%s" % (key, name)] = value.cpu().numpy()
         checkpoint.write(path, tensors, {
             "config": problem.config._asdict(), "classes": problem.classes._asdict(), "tile": problem.tile,
             "frozen": self.frozen, "frozen_at": self.frozen_at, "epoch": self.epoch, "batch": self.batch,
@@ -89,15 +97,12 @@ class State:
             state = cls(problem, meta["frozen"])
             for name in ("epoch", "batch", "step", "frozen_at", "best", "loss_sum", "loss_count"):
                 setattr(state, name, meta[name])
-            names = [name for name, _ in state.net.named_parameters()] if state.step > state.frozen_at else []
-            moments = [{key: torch.from_numpy(tensors["adamw.%s.%s" % (key, name)].copy())
-                        for key in ("exp_avg", "exp_avg_sq")} for name in names]
+            moments = _moments(state, tensors, problem.config.optimizer)
         except (KeyError, AttributeError) as exc:
             raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
         _load(state.net, tensors, path)
-        stored = state.optimizer.state_dict()
-        stored["state"] = {i: dict(moment, step=state.step - state.frozen_at) for i, moment in enumerate(moments)}
-        state.optimizer.load_state_dict(stored)
+        if moments:
+            state.optimizer.restore(moments, state.step - state.frozen_at)
         return state
 
     def freeze_if_due(self, problem):
@@ -122,13 +127,26 @@ class State:
                 self.net.encoder(batch.chunk(picks[first:first + chunk]).pixels)
             if problem.side:
                 for one in overviews:
-                    self.net.encoder(one.overviews())
+                    self.net.encoder(one.overviews([0]))
 
         self.net.eval()
         self.frozen += [norm.freeze_first(self.net, forward) for _ in names]
         self.frozen_at, self.best = self.step, -1.0
-        self.optimizer = adamw(self.net.parameters(), problem.config)
+        self.optimizer = self._new_optimizer(problem.config)
         say("step %d: %d norms are frozen; they fold into the convolutions at export" % (self.step, len(names)))
+
+
+def _moments(state, tensors, kind):
+    """The optimizer's moments in a checkpoint: a dict per parameter, in order; [] before the first
+    step, or when the optimizer `kind` has none."""
+    if state.step == state.frozen_at or kind == "sgd":
+        return []
+    by_name = {}
+    for key, value in tensors.items():
+        if key.startswith("adamw."):
+            _, kind, name = key.split(".", 2)
+            by_name.setdefault(name, {})[kind] = torch.from_numpy(value.copy())
+    return [by_name[name] for name, _ in state.net.named_parameters()]
 
 
 def _build(config, classes, frozen):
@@ -146,12 +164,6 @@ def _load(net, tensors, path):
                              if name.startswith("net.")})
     except RuntimeError as exc:
         raise BadFile("%s does not fit the net that its config describes: %s" % (path, str(exc).splitlines()[-1])) from exc
-
-
-def adamw(parameters, config):
-    extra = {"foreach": False} if "foreach" in inspect.signature(torch.optim.AdamW).parameters else {}
-    return torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay,
-                             **extra)  # foreach would hold a second copy of every gradient
 
 
 def new(problem):

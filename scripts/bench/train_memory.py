@@ -46,7 +46,7 @@ def one_step(way, res, width, folder, steps, threads):
         for _loss in gradient.rounds(batch, rng):
             pass
         gradient.finish(config.clip)
-        state.optimizer.step()
+        state.optimizer.step(config.lr)
         for parameter in state.net.parameters():
             parameter.grad = None
         seconds = time.time() - start

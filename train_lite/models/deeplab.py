@@ -85,6 +85,11 @@ class DeepLabV3(nn.Module):
             nn.Conv2d(4 * width, 4 * width, 3, padding=1, bias=False), NORMS[norm](4 * width), nn.ReLU(),
             nn.Conv2d(4 * width, features, 1))
 
+    def segments(self):
+        """Parts that recompute() may run twice."""
+        stages = (self.backbone.layer1, self.backbone.layer2, self.backbone.layer3, self.backbone.layer4)
+        return [block for stage in stages for block in stage] + [self.classifier[0]]
+
     def forward(self, x):
         return nn.functional.interpolate(self.classifier(self.backbone(x)), scale_factor=8.0, mode="bilinear",
                                          align_corners=False)

@@ -25,6 +25,10 @@ class UNet(nn.Module):
         self.merge = nn.ModuleList([block(2 * c, c, norm) for c in sizes[:-1]])
         self.last = nn.Conv2d(width, features, 1)
 
+    def segments(self):
+        """Parts that recompute() may run twice."""
+        return list(self.down) + list(self.merge)
+
     def forward(self, x):
         kept = []
         for level in range(4):

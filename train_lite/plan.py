@@ -1,0 +1,242 @@
+"""How training is made to fit a memory budget: what each owner will take, and which lever to pull next.
+
+The estimate needs no training: parameters are counted, activations are those that autograd keeps of small tiles, times
+the area of all tiles in memory together; docs/measured.md holds it against measured peaks."""
+import ctypes
+import json
+import math
+import os
+from typing import NamedTuple
+
+import torch
+
+from edge.errors import OverBudget, UsageError
+from jetson.memory import in_use_mib, limit_mib, parse_bytes, peak_rss_mib, reset_peak, rss_mib
+from train_lite.config import micro_batch, mode_settings
+from train_lite.gradient import SumTable
+from train_lite.losses import SegmentationLoss
+from train_lite.models import FEATURES, build
+from train_lite.models.recompute import recompute
+from train_lite.optimizer import STATE_BYTES
+
+MIB = 2.0 ** 20
+PROBE_PX = 64       # side of the tile whose activations are counted
+MARGIN = 1.05       # a plan must fit with this much to spare: the kernel's page tables, and what two processes differ by
+SUPERVISOR_MIB = 14
+LEAST_PATCH = 64    # px; smaller patches lose the objects that they cut
+TIGHT_BYTES = 1 << 20
+
+
+class Levers(NamedTuple):
+    """What memory is saved with, in the order in which it is given up."""
+    micro_batch: int      # patches in memory at once: the same gradient, up to rounding
+    tight: bool           # freed tensors go back to the system at once: the same bits, slower
+    recompute: bool       # activation checkpointing: the same bits, slower
+    optimizer: str        # a kind of train_lite.optimizer
+    patch: int            # px; another net in the end, so the last
+
+    def words(self):
+        return "micro-batch %d, %s memory, %s, %s, patch %d px" % (
+            self.micro_batch, "tight" if self.tight else "pooled",
+            "recomputed activations" if self.recompute else "kept activations", self.optimizer, self.patch)
+
+
+def ladder(config):
+    """All Levers from the config's own to the smallest, each one notch smaller than the one before. A patch is not made
+    smaller once training has begun."""
+    whole = not mode_settings(config).tile
+    notches = [Levers(micro_batch(config), config.tight, config.recompute, config.optimizer, config.patch)]
+
+    def lower(**change):
+        if notches[-1]._replace(**change) != notches[-1]:
+            notches.append(notches[-1]._replace(**change))
+
+    while notches[-1].micro_batch > 1:
+        lower(micro_batch=notches[-1].micro_batch // 2)
+    lower(tight=True)
+    if whole and config.norm != "batch":  # of one patch it saves nothing: the top level alone fills the peak
+        lower(recompute=True)
+    if config.optimizer == "adamw":
+        lower(optimizer="adamw8")
+    while not whole and not config.resume and notches[-1].patch // 32 * 16 >= LEAST_PATCH:
+        lower(patch=notches[-1].patch // 32 * 16)
+    return notches
+
+
+def apply(config, levers):
+    """The config with the levers set. The effective batch is k patches of each image as before."""
+    return config._replace(**levers._asdict())
+
+
+class Look:
+    """The net that a config asks for, as far as memory goes. Building it and counting take a second or less."""
+
+    def __init__(self, config, outputs, unseen):
+        _loss(build(config.model, 4, config.norm, 1, "concat"), 1, 1).backward()  # loads what torch loads late
+        self.libraries = (rss_mib() or 0.0) + unseen
+        self.net = build(config.model, config.width, config.norm, outputs, mode_settings(config).fusion)
+        sizes = [p.numel() * 4 / MIB for p in self.net.parameters()]
+        self.weights, self.largest_weight = sum(sizes), max(sizes)
+        self.outputs, self._counted = outputs, {}
+
+    def kept(self, tiles, recomputed):
+        """(all, largest) MiB of activations that autograd keeps of `tiles` tiles of PROBE_PX, in one pass."""
+        if (tiles, recomputed) not in self._counted:
+            if recomputed:  # for good: ladders go from False to True
+                recompute(self.net.encoder)
+            self._counted[tiles, recomputed] = _kept(self.net, self.outputs, tiles)
+        return self._counted[tiles, recomputed]
+
+
+def _loss(net, outputs, tiles):
+    """The loss over `tiles` black tiles of PROBE_PX."""
+    g = torch.zeros(tiles, FEATURES, PROBE_PX, PROBE_PX)
+    spread = torch.zeros(tiles, PROBE_PX, PROBE_PX)
+    logits = net(torch.zeros(tiles, 3, PROBE_PX, PROBE_PX), g, spread, spread)
+    return SegmentationLoss(outputs).sums(logits, torch.zeros(tiles, PROBE_PX, PROBE_PX, dtype=torch.uint8)).sum()
+
+
+def _kept(net, outputs, tiles):
+    own, seen = {p.data_ptr() for p in net.parameters()}, {}
+
+    def pack(tensor):
+        storage = getattr(tensor, "untyped_storage", tensor.storage)()
+        if storage.data_ptr() not in own:
+            size = storage.nbytes() if hasattr(storage, "nbytes") else storage.size() * tensor.element_size()  # torch 1.10
+            seen[storage.data_ptr()] = size, tensor  # held, so that its address is not given out again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _loss(net, outputs, tiles)
+    sizes = [size / MIB for size, _tensor in seen.values()]
+    return sum(sizes), max(sizes)
+
+
+def estimates(config, outputs, tile_px, headers):
+    """Predicted MiB by owner at the peak: a dict for every notch of ladder(config). tile_px: pixels of the largest image
+    where that is the tile, else 0; headers: list of edge.images.photo_header()."""
+    def count(unseen):
+        look, loader = Look(config, outputs, unseen), _loader_mib(headers)
+        return [_estimate(look, notch, tile_px or notch.patch ** 2, loader) for notch in ladder(config)]
+
+    return apart(count)
+
+
+def _estimate(look, levers, tile_px, loader_mib):
+    kept, largest = look.kept(levers.micro_batch, levers.recompute)
+    scale = tile_px / float(PROBE_PX ** 2)
+    # the backward pass peaks either at its start, with all activations and a few gradients of the largest, or in the
+    # deepest layers, with about half of them and the copies of the largest weight that the CPU's convolutions make
+    top = kept * scale + 2.5 * largest * scale
+    deep = 0.55 * kept * scale + (2.5 if levers.tight else 4) * look.largest_weight
+    return {"runtime libraries": look.libraries + SUPERVISOR_MIB, "weights": look.weights, "gradients": look.weights,
+            "optimizer": look.weights / 4 * STATE_BYTES[levers.optimizer],
+            "activations": max(top, deep) + (5 if levers.tight else 35), "loader": loader_mib}
+
+
+def _loader_mib(headers):
+    """8 bytes per pixel of the largest image that is decoded whole, a few bands of rows of those that are read in bands."""
+    return max([w * 24576 / MIB if bands else h * w * 8 / MIB for h, w, bands in headers], default=0.0)
+
+
+def peak(owners):
+    """MiB at the highest point: images are read before the net is built, so the two never meet."""
+    training = sum(mib for owner, mib in owners.items() if owner != "loader")
+    return max(training, owners["runtime libraries"] + owners["loader"])
+
+
+class Budget(NamedTuple):
+    asked: str         # as typed; '' for the machine's memory
+    total_mib: float
+    in_use_mib: float  # by others, at the start
+    free_mib: float    # what training may take
+
+
+def budget(text):
+    """What --budget leaves for us: of the board's memory, or of what this machine has free when that is less."""
+    machine, used = limit_mib(), in_use_mib() or 0.0
+    try:
+        total = parse_bytes(text) / MIB if text else machine
+    except ValueError as exc:
+        raise UsageError("--budget: %s" % exc) from exc
+    if total is None:  # a system that does not say how much memory it has
+        return Budget(text, float("inf"), used, float("inf"))
+    return Budget(text, total, used, total if machine is None else min(total, machine - used))
+
+
+def choose(notches, predicted, allowed, first=0):
+    """Index of the first notch, from number `first` on, whose estimate fits the Budget `allowed`. predicted: what
+    estimates() returned. Raises OverBudget, naming the smallest budget that would do."""
+    for index in range(first, len(notches)):
+        if peak(predicted[index]) * MARGIN <= allowed.free_mib:
+            return index
+    least = min(map(peak, predicted)) * MARGIN
+    raise OverBudget(
+        "training needs %.0f MiB at the least (%s); %s leaves %.0f MiB. The smallest budget that would do: --budget %dMB"
+        % (least, notches[-1].words(), "--budget " + allowed.asked if allowed.asked else "this machine", allowed.free_mib,
+           math.ceil((least + max(0.0, allowed.total_mib - allowed.free_mib)) * MIB / 1e6)))
+
+
+def describe(notches, chosen, predicted, allowed):
+    """The plan as lines of text for people."""
+    lines = ["budget %.0f MiB, %.0f MiB in use by others, %.0f MiB for training" % (
+        allowed.total_mib, allowed.in_use_mib, allowed.free_mib), "notch  MiB    levers"]
+    for index, (notch, owners) in enumerate(zip(notches, predicted)):
+        lines.append("%s%5d %5.0f   %s" % (">" if index == chosen else " ", index, peak(owners), notch.words()))
+    lines.append("owner of memory        MiB (predicted)")
+    lines += ["%-20s %5.0f" % item for item in predicted[chosen].items()]
+    return "\n".join(lines + ["%-20s %5.0f" % ("peak", peak(predicted[chosen]))])
+
+
+def tighten():
+    """Let glibc map every larger block on its own from now on, so that freeing it gives it back. Without effect
+    where the C library has no mallopt."""
+    try:
+        ctypes.CDLL(None).mallopt(-3, TIGHT_BYTES)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
+def apart(function):
+    """function(unseen) in a fork of this process, so that its memory goes when it ends and leaves no holes in ours.
+    unseen: MiB of our libraries that are not
+    resident in the fork until it touches them. Returns what it returned (JSON), or None when the fork was killed, as
+    by the kernel for want of memory; raises what it raised, as RuntimeError."""
+    resident = rss_mib() or 0.0
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(reading)
+            torch.set_num_threads(1)  # the others did not survive the fork
+            try:
+                answer = {"value": function(resident - (rss_mib() or 0.0))}
+            except Exception as exc:
+                answer = {"error": "%s: %s" % (type(exc).__name__, exc)}
+            with os.fdopen(writing, "w") as handle:
+                json.dump(answer, handle)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as handle:
+        text = handle.read()
+    os.waitpid(pid, 0)
+    answer = json.loads(text) if text else {"value": None}
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["value"]
+
+
+def confirm(problem, state, unseen):
+    """Train on one chunk for show and measure: returns the peak to expect, in MiB, or None where the kernel does not
+    let us measure. For apart(): it leaves gradients' memory and torch's threads behind."""
+    batch, _rng = problem.batch(0, 0)
+    gradient = problem.gradient(state.net)
+    picks = batch.every_patch()[:gradient.micro_batch]
+    if not reset_peak():
+        return None
+    gradient.add(batch, picks, SumTable(batch), 0)
+    gradient.add(batch, picks, SumTable(batch), 0)  # now beside the gradients of the first
+    measured = peak_rss_mib(since_reset=True)
+    weights = sum(p.numel() * p.element_size() for p in state.net.parameters()) / MIB
+    return measured + unseen + weights * STATE_BYTES[problem.config.optimizer] / 4 + SUPERVISOR_MIB

@@ -1,0 +1,185 @@
+"""One training, from flags to report, in the process that holds torch. __main__ starts it and looks after it."""
+import json
+import os
+import sys
+import time
+
+from edge.command import banner, from_json, guarded, parse, say
+from edge.errors import OverBudget, UsageError, raise_all
+from edge.images import fitted_size, photo_header
+from edge.optional import need
+from jetson import phases
+from train_lite import checkpoint, dataset, demo, store
+from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings
+from train_lite.runfolder import RunFolder
+
+OWN_WORDS = ("--resume", "--json", "--debug", "--smaller")  # of a command that goes on with a run
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cudnn_status_alloc_failed",
+                 "cublas_status_alloc_failed", "nvmapmemalloc", "defaultcpuallocator")
+
+
+@guarded
+def main(argv):
+    phases.mark("load")
+    config = parse(TrainConfig, argv, "python -m train_lite", __doc__, HELPS, CHOICES)
+    run = None
+    if config.resume:
+        config, run = _resumed(config, argv)
+    check(config)
+    config = config._replace(epochs=config.epochs or (30 if config.data else 8))
+    # before torch loads: threads that wait by spinning make a busy machine five times slower (docs/measured.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    torch, _ = need("torch"), need("tqdm")
+    device = _device(torch, config)
+    banner("train_lite", device.type, "torch " + torch.__version__)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    config = config._replace(threads=torch.get_num_threads())  # kept with the run: sums depend on how they are shared
+    try:
+        return _train(config, run, device)
+    except (MemoryError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and not any(words in str(exc).lower() for words in OUT_OF_MEMORY):
+            raise
+        say("out of memory: %s" % (str(exc).splitlines() or [type(exc).__name__])[0])
+        return RETRY_SMALLER
+
+
+def _train(config, run, device):
+    from train_lite import loop, state
+    data = _data_folder(config)
+    pairs = dataset.find_pairs(data, config.val_share, config.group_by) if data else []
+    classes = dataset.read_classes(data, config)
+    notches, allowed = _plan(config, pairs, classes)
+    if config.plan:
+        return 0
+    stored = _ingest(config, data, pairs, classes)
+    config, problem = _settle(config, notches, allowed, classes, stored, device)
+    if config.resume:
+        run.hold()
+        run.keep(config)
+        start = state.State.load(run.last, problem) if checkpoint.exists(run.last) else state.new(problem)
+        run.rewind(start.step, start.epoch)
+        say("going on after step %d" % start.step if start.step else "no checkpoint was written yet: starting again")
+    else:
+        start = state.new(problem)
+        run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.normpath(data)).replace(".csv", ""), config.mode))
+        run.hold()
+    run.point_last()
+    _describe(problem, start, run)
+    began = time.time()
+    result = loop.train(problem, run, start)
+    return _report(config, problem, start, run, result, time.time() - began)
+
+
+def _resumed(flags, argv):
+    """The config and folder of the run to go on with."""
+    run = RunFolder(flags.resume)
+    if not os.path.isfile(run.config):
+        raise UsageError("--resume %s: expected a run folder, such as runs/train/last" % flags.resume)
+    extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in OWN_WORDS]
+    if extra:
+        raise UsageError("--resume takes all settings from the run; leave out %s, or start a new run" % " ".join(extra))
+    run = RunFolder(os.path.realpath(flags.resume)) if os.path.islink(flags.resume) else run
+    config = TrainConfig()._replace(**from_json(run.config, TrainConfig._field_defaults, CHOICES))
+    return config._replace(resume=flags.resume, json=flags.json, debug=flags.debug, smaller=flags.smaller), run
+
+
+def _data_folder(config):
+    """--data; without it the demo set, made now. '' when only a plan is asked for and there is no data."""
+    if config.data or config.plan:
+        return config.data
+    return demo.make(os.path.join("runs", "demo-%d" % config.res), config.res, config.demo_images)
+
+
+def _plan(config, pairs, classes):
+    """Predict, print, and choose. Returns (notches to try, plan.Budget). Raises OverBudget when none fits."""
+    from train_lite import plan
+    phases.mark("plan")
+    headers = [photo_header(pair.image) for pair in pairs] or [(config.res, config.res, True)]
+    headers = [header for header in headers if header]
+    settings = mode_settings(config)
+    fitted = [fitted_size(h, w, settings.resize, settings.resize_px) for h, w, _bands in headers]
+    tile_px = 0 if settings.tile else max(h * w for h, w in fitted)
+    notches, allowed = plan.ladder(config), plan.budget(config.budget)
+    predicted = plan.estimates(config, classes.outputs, tile_px, headers)
+    chosen = plan.choose(notches, predicted, allowed, config.smaller)
+    if config.plan:
+        print(plan.describe(notches, chosen, predicted, allowed))
+    elif chosen or config.budget:
+        say(plan.describe(notches, chosen, predicted, allowed))
+    return notches[chosen:], allowed
+
+
+def _ingest(config, data, pairs, classes):
+    """Bring all pairs into the tile store. Returns (train, val, test), lists of Stored."""
+    phases.mark("read images")
+    settings, folder = mode_settings(config), store.cache_folder(config, data)
+    side, began, problems = settings.tile if settings.fusion != "none" else 0, time.time(), []
+
+    def ingest(split, resize, px):
+        chosen = [pair for pair in pairs if pair.split == split]
+        return store.ingest(chosen, classes, resize, px, folder, config.cache_gb, side, began, problems)
+
+    stored = (ingest("train", settings.resize, settings.resize_px), ingest("val", config.fit, config.res),
+              ingest("test", config.fit, config.res))
+    raise_all(problems, "some images or masks cannot be used", "Mend or remove the files named; the others are kept.")
+    if not stored[0]:
+        raise UsageError("--data %s has no training images" % data)
+    return stored
+
+
+def _settle(config, notches, allowed, classes, stored, device):
+    """Go down the notches until one chunk, really computed, stays within the budget. Returns (config, Problem)."""
+    from train_lite import plan, state
+    for notch in notches:
+        if notch.tight:
+            plan.tighten()
+        config = plan.apply(config, notch)
+        problem = state.Problem(config, classes, *stored, device=device)
+        measured = plan.apart(lambda unseen: plan.confirm(problem, state.State(problem), unseen))
+        if measured is None or measured * plan.MARGIN <= allowed.free_mib:
+            if config.budget and measured is not None:
+                say("one chunk measured: %.0f MiB at the peak" % measured)
+            return config, problem
+        say("one chunk measured: %.0f MiB at the peak, %.0f MiB are free; one notch smaller" % (measured, allowed.free_mib))
+    raise OverBudget("one chunk took %.0f MiB at the peak; %.0f MiB are free. Close other programs, add memory, or take a "
+                     "smaller --width or --patch" % (measured, allowed.free_mib))
+
+
+def _device(torch, config):
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch (%s) sees no CUDA device. Use --device cpu, or install NVIDIA's wheel"
+                         % torch.__version__)
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _describe(problem, start, run):
+    config, settings = problem.config, problem.settings
+    say("%s width %d, %.2f M parameters | mode %s, %s gradient, global patch %s, patch %d px" % (
+        config.model, config.width, sum(p.numel() for p in start.net.parameters()) / 1e6, config.mode,
+        settings.gradient, settings.fusion, problem.tile))
+    say("%d train, %d val, %d test images | %d steps in %d epochs | run folder %s" % (
+        len(problem.train), len(problem.val), len(problem.test), problem.steps, config.epochs, run.path))
+
+
+def _report(config, problem, start, run, result, seconds):
+    """Score the best net on the test images, if any, and say where everything is."""
+    from train_lite.evaluate import evaluate
+    from train_lite.state import restore
+    summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_iou": start.best if problem.val else None,
+               "val": result, "test": None}
+    if problem.test:
+        best = restore(run.best)[0].to(problem.device)
+        summary["test"] = evaluate(best, problem.test, problem.recipe, len(problem.classes.names), problem.device)
+        say("test  IoU %.3f  F1 %.3f (best net, %d images)" % (
+            summary["test"]["pooled"]["iou"], summary["test"]["pooled"]["f1"], len(problem.test)))
+    with open(os.path.join(run.path, "summary.json"), "w", encoding="utf-8") as handle:
+        json.dump(summary, handle, indent=1)
+    say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))
+    say("next: python -m export %s --out model.onnx" % run.path)
+    if config.json:
+        print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
