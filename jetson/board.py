@@ -1,0 +1,284 @@
+"""What the files below a root directory say about the board. Standard library only.
+
+Any file may be missing, unreadable or nonsense: the fact is then None (or an empty list or dict), never an exception.
+No root rights, no process started, nothing written."""
+import glob
+import os
+import re
+
+# first L4T release of every JetPack; a release between two lines belongs to the line before it
+JETPACKS = [("32.4.2", "4.4 DP"), ("32.4.3", "4.4"), ("32.4.4", "4.4.1"), ("32.5.0", "4.5"), ("32.5.1", "4.5.1"),
+            ("32.6.1", "4.6"), ("32.7.1", "4.6.1"), ("32.7.2", "4.6.2"), ("32.7.3", "4.6.3"), ("32.7.4", "4.6.4"),
+            ("32.7.5", "4.6.5"), ("32.7.6", "4.6.6"), ("34.1.0", "5.0 DP"), ("34.1.1", "5.0.1 DP"),
+            ("35.1.0", "5.0.2"), ("35.2.1", "5.1"), ("35.3.1", "5.1.1"), ("35.4.1", "5.1.2"), ("35.5.0", "5.1.3"),
+            ("35.6.0", "5.1.4"), ("35.6.1", "5.1.5"), ("35.6.4", "5.1.6"), ("36.2.0", "6.0 DP"), ("36.3.0", "6.0"),
+            ("36.4.0", "6.1"), ("36.4.3", "6.2"), ("36.4.4", "6.2.1"), ("36.5.0", "6.2.2"), ("38.2.0", "7.0"),
+            ("38.4.0", "7.1"), ("39.2.0", "7.2")]
+NEWER = "newer than this program knows"
+DESKTOPS = {"Xorg", "Xwayland", "gnome-shell", "lxsession", "gdm3", "lightdm"}
+_GPU = re.compile(r"gpu|g[pvab]1[0-9]b")  # 57000000.gpu, 17000000.ga10b, gpu-gpc-0
+
+
+def read(root, path, limit=1 << 20, tail=False):
+    """Printable ASCII text of the first (tail: last) `limit` bytes of a file below root, stripped, or None."""
+    try:
+        # a pipe that stands where a file should be must not block us
+        with open(_below(root, path), "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
+            if tail:
+                handle.seek(max(0, os.fstat(handle.fileno()).st_size - limit))
+            data = handle.read(limit) or b""
+    except (OSError, ValueError):
+        return None
+    return _printable(data.rstrip(b"\0\n ").decode("ascii", "replace"))
+
+
+def line(root, path):
+    """The first line of a short file, or None when it is absent or empty."""
+    return (read(root, path, 200) or "").split("\n")[0].replace("\t", " ").strip() or None
+
+
+def _below(root, path):
+    return os.path.join(root, path.lstrip("/"))
+
+
+def _printable(text):
+    """Bytes that are not for a terminal become '?': these texts end up on one, and in JSON."""
+    return re.sub(r"[^\n\t -~]", "?", text).strip()
+
+
+def _paths(root, pattern):
+    """Sorted paths below root that match, written as seen from root."""
+    found = glob.glob(_below(glob.escape(root), pattern))
+    return sorted("/" + os.path.relpath(path, root) for path in found)
+
+
+def integer(text):
+    """A whole number of a kernel file, or None."""
+    return int(text) if text and re.fullmatch(r"-?[0-9]{1,18}", text) else None
+
+
+def model(root="/"):
+    """The board's own name, or None off a device tree."""
+    return line(root, "/proc/device-tree/model")
+
+
+def l4t(root="/"):
+    """The L4T release as '32.7.1', or None."""
+    match = re.match(r"# R(\d{1,4}) \(release\), REVISION: (\d{1,4}(?:\.\d{1,4}){0,2})\b",
+                     read(root, "/etc/nv_tegra_release", 1000) or "")
+    if match:
+        return ".".join(match.groups())
+    packages = read(root, "/var/lib/dpkg/status", 1 << 25) or ""
+    match = re.search(r"^Package: nvidia-l4t-core\n(?:.+\n)*?Version: (\d{1,4}(?:\.\d{1,4}){1,3})\b", packages, re.M)
+    return match.group(1) if match else None
+
+
+def version(text):
+    """'4.6.1' as (4, 6, 1), for comparing; words such as DP are left out. None: ()."""
+    return tuple(int(word) for word in re.findall(r"[0-9]{1,9}", text or ""))
+
+
+def jetpack(release):
+    """The JetPack that an L4T release belongs to: its name, NEWER, or None for no release or one before 4.4."""
+    name = None
+    for first, line in JETPACKS:
+        if release and version(release) + (0, 0) >= version(first):
+            name = line
+    last = version(JETPACKS[-1][0])
+    return NEWER if name == JETPACKS[-1][1] and version(release)[:2] > last[:2] else name
+
+
+def is_jetson(root="/"):
+    """Is this a Jetson, as far as files tell? A release file counts, for containers may hide the device tree."""
+    names = "%s %s" % (model(root), read(root, "/proc/device-tree/compatible", 1000))
+    return bool(re.search("jetson|tegra", names, re.I)) or bool(_paths(root, "/etc/nv_tegra_release"))
+
+
+def meminfo(root="/"):
+    """Dict of /proc/meminfo, kB; NvMapMemUsed (memory the GPU holds) is there on some kernels only."""
+    lines = re.findall(r"^(\w{1,40}):\s+(\d{1,15}) kB", read(root, "/proc/meminfo") or "", re.M)
+    wanted = ("MemTotal", "MemAvailable", "SwapTotal", "SwapFree", "NvMapMemUsed")
+    return {name: int(value) for name, value in lines if name in wanted}
+
+
+def swaps(root="/"):
+    """List of {name, kind: zram|file|partition, size_kb, used_kb}; None when /proc/swaps cannot be read."""
+    text = read(root, "/proc/swaps")
+    if text is None or not text.startswith("Filename"):
+        return None
+    rows = re.findall(r"^(\S+)\s+(file|partition)\s+(\d{1,15})\s+(\d{1,15})\s", text, re.M)
+    return [{"name": name, "kind": "zram" if "/zram" in name else kind, "size_kb": int(size), "used_kb": int(used)}
+            for name, kind, size, used in rows]
+
+
+def power_modes(root="/"):
+    """List of {id, name, gpu_hz, cores}: the modes of /etc/nvpmodel.conf. gpu_hz: the highest GPU clock allowed, None
+    when the mode sets none (then the hardware's own limit holds); cores: how many are on, None when not said."""
+    modes = []
+    blocks = re.split(r"^\s*<\s*POWER_MODEL\b", read(root, "/etc/nvpmodel.conf") or "", flags=re.M)[1:]
+    for block in blocks:
+        head = re.match(r"[^>\n]*\bID=(\d{1,4})\b[^>\n]*\bNAME=([^\s>]{1,60})", block)
+        if head:
+            body = block.split("\n<")[0]
+            clock = re.search(r"^\s*GPU\s+MAX_FREQ\s+(\d{2,15})\s*$", body, re.M)
+            cores = re.findall(r"^\s*CPU_ONLINE\s+CORE_\d+\s+([01])\s*$", body, re.M)
+            modes.append({"id": int(head.group(1)), "name": head.group(2), "cores": cores.count("1") or None,
+                          "gpu_hz": int(clock.group(1)) if clock else None})
+    return modes
+
+
+def power_mode(root="/"):
+    """The entry of power_modes that is active ({id} alone when the config does not name it), or None."""
+    match = re.search(r"\bpmode:(\d{1,6})\b", read(root, "/var/lib/nvpmodel/status", 1000) or "")
+    if not match:
+        return None
+    number = int(match.group(1))
+    return next((mode for mode in power_modes(root) if mode["id"] == number), {"id": number})
+
+
+def clocks(root="/"):
+    """{'gpu': ..., 'cpu0': ...}: {now, low, high, top} in kHz or None. The clock floats between low and high; top: the
+    hardware's own limit."""
+    found = {}
+    for folder in _paths(root, "/sys/class/devfreq/*"):
+        if _GPU.search(os.path.basename(folder)):
+            steps = [integer(word) for word in (read(root, folder + "/available_frequencies") or "").split()]
+            row = [integer(line(root, folder + "/" + name)) for name in ("cur_freq", "min_freq", "max_freq")]
+            row.append(max([step for step in steps if step] or [0]) or None)
+            found.setdefault("gpu", dict(zip(("now", "low", "high", "top"), [v and v // 1000 for v in row])))
+    for folder in _paths(root, "/sys/devices/system/cpu/cpu[0-9]*/cpufreq"):
+        names = ("scaling_cur_freq", "scaling_min_freq", "scaling_max_freq", "cpuinfo_max_freq")
+        row = [integer(line(root, folder + "/" + name)) for name in names]
+        found[os.path.basename(os.path.dirname(folder))] = dict(zip(("now", "low", "high", "top"), row))
+    return found
+
+
+def gpu_load(root="/"):
+    """Load of the GPU now, percent, or None."""
+    for pattern in ("/sys/devices/gpu.0/load", "/sys/devices/platform/gpu.0/load", "/sys/class/devfreq/*/device/load"):
+        for path in _paths(root, pattern):
+            value = integer(line(root, path))
+            if value is not None and 0 <= value <= 1000 and _GPU.search(path):
+                return value / 10
+    return None
+
+
+def zones(root="/"):
+    """List of {name, celsius, trips: {kind: celsius}}; of several trip points of a kind the lowest. Left out: sensors
+    that are off, and PMIC, a constant."""
+    found = []
+    for folder in _paths(root, "/sys/class/thermal/thermal_zone*"):
+        name, now = line(root, folder + "/type"), integer(line(root, folder + "/temp"))
+        if not name or now is None or now <= -256000 or "pmic" in name.lower():
+            continue
+        trips = {}
+        for path in _paths(root, folder + "/trip_point_*_temp"):
+            kind = line(root, path[:-len("temp")] + "type")
+            limit = integer(line(root, path))
+            if kind and limit is not None and limit > 0:
+                trips[kind] = min(limit / 1000, trips.get(kind, limit / 1000))
+        found.append({"name": name, "celsius": now / 1000, "trips": trips})
+    return found
+
+
+def rails(root="/"):
+    """List of {name, millivolt, milliwatt} of the board's power meter (INA3221), as far as it can be read."""
+    found = []
+    for path in _paths(root, "/sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_*"):  # JetPack 4
+        folder, index = os.path.split(path)[0], path.rsplit("_", 1)[1]
+        found.append((path, integer(line(root, "%s/in_voltage%s_input" % (folder, index))),
+                      integer(line(root, "%s/in_power%s_input" % (folder, index)))))
+    for path in _paths(root, "/sys/class/hwmon/hwmon*/in*_label"):  # JetPack 5 and later
+        if line(root, os.path.dirname(path) + "/name") != "ina3221":
+            continue
+        folder, index = os.path.split(path)[0], re.sub("[^0-9]", "", os.path.basename(path))
+        volt, ampere = (integer(line(root, "%s/%s%s_input" % (folder, kind, index))) for kind in ("in", "curr"))
+        found.append((path, volt, volt * ampere // 1000 if volt is not None and ampere is not None else None))
+    return [{"name": line(root, path), "millivolt": volt, "milliwatt": watt} for path, volt, watt in found
+            if line(root, path) and volt is not None]
+
+
+def alarms(root="/"):
+    """{'oc1': count, ...} of throttling by the power supply since boot, and from the end of the kernel's log, which may
+    be older than the boot: 'log' (lines of such throttling), 'killed' (processes killed for want of memory). On Orin
+    oc1 is too low a voltage, oc2 and oc3 too high a current. What cannot be read is left out."""
+    found = {}
+    for path in _paths(root, "/sys/class/hwmon/hwmon*/oc*_event_cnt"):
+        count = integer(line(root, path))
+        if count is not None:
+            found[os.path.basename(path).split("_")[0]] = count
+    log = read(root, "/var/log/kern.log", 1 << 18, tail=True)
+    if log is not None:
+        found["log"] = len(re.findall(r"soctherm: OC ALARM|throttled due to over-current", log, re.I))
+        found["killed"] = len(re.findall("Out of memory: Kill", log))
+    return found
+
+
+def target(root="/"):
+    """The default systemd target: 'graphical.target' (a desktop), 'multi-user.target' (none), or None."""
+    for path in ("/etc/systemd/system/default.target", "/lib/systemd/system/default.target"):
+        try:
+            return _printable(os.path.basename(os.readlink(_below(root, path)))) or None
+        except OSError:
+            pass
+    return None
+
+
+def processes(root="/"):
+    """Set of the names of running processes, each cut to 15 characters by the kernel."""
+    return {name for name in (line(root, path) for path in _paths(root, "/proc/[0-9]*/comm")) if name}
+
+
+def cameras(root="/"):
+    """Dict '/dev/videoN' -> the driver's name for it."""
+    names = {path: line(root, path) for path in _paths(root, "/sys/class/video4linux/video*/name")}
+    return {"/dev/" + _printable(path.split("/")[-2]): name for path, name in names.items() if name}
+
+
+def gpu_devices(root="/"):
+    """Dict of the GPU's device files that exist -> may this user open them?"""
+    paths = [path for name in ("nvmap", "nvhost-gpu", "nvhost-ctrl", "nvhost-ctrl-gpu", "nvgpu/igpu0/ctrl")
+             for path in _paths(root, "/dev/" + name)]
+    return {path: os.access(_below(root, path), os.R_OK | os.W_OK) for path in paths}
+
+
+def disk(path):
+    """{total_mb, free_mb, read_only} of the file system that holds path, or None; free: what this user may take."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    block = found.f_frsize / (1 << 20)
+    return {"total_mb": int(found.f_blocks * block), "free_mb": int(found.f_bavail * block),
+            "read_only": bool(found.f_flag & os.ST_RDONLY)}
+
+
+def disk_wear(root="/"):
+    """Dict of eMMC device -> percent of its rated life used at most (tens; 110: over). SD cards do not tell: {}."""
+    found = {}
+    for path in _paths(root, "/sys/block/mmcblk*/device/life_time"):
+        steps = [int(word, 16) for word in re.findall(r"\b0x([0-9a-fA-F]{1,2})\b", line(root, path) or "")]
+        if steps and 0 < max(steps) <= 11:  # 0: not defined
+            found[path.split("/")[3]] = 10 * max(steps)
+    return found
+
+
+def cuda(root="/"):
+    """{version or None, nvcc: path or None} of the CUDA toolkit in its usual place."""
+    text = "%s %s" % (read(root, "/usr/local/cuda/version.txt", 1000), read(root, "/usr/local/cuda/version.json", 1000))
+    match = re.search(r'(?:CUDA Version |"cuda"[^}]*"version"\s*:\s*")(\d{1,4}(?:\.\d{1,4}){1,2})', text)
+    nvcc = _paths(root, "/usr/local/cuda/bin/nvcc")
+    return {"version": match.group(1) if match else None, "nvcc": nvcc[0] if nvcc else None}
+
+
+def facts(root="/"):
+    """All of the above as one dict that JSON can hold. Keys: the names of the functions."""
+    release = l4t(root)
+    return {"is_jetson": is_jetson(root) or release is not None, "model": model(root), "l4t": release,
+            "jetpack": jetpack(release), "meminfo_kb": meminfo(root), "swaps": swaps(root),
+            "power_mode": power_mode(root), "power_modes": power_modes(root), "clocks_khz": clocks(root),
+            "gpu_load": gpu_load(root), "zones": zones(root), "rails": rails(root), "alarms": alarms(root),
+            "target": target(root),
+            "desktop": sorted(DESKTOPS & processes(root)), "argus": "nvargus-daemon" in processes(root),
+            "cameras": cameras(root), "gpu_devices": gpu_devices(root), "disk": disk(root),
+            "disk_wear_percent": disk_wear(root), "cuda": cuda(root)}
