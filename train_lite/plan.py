@@ -222,6 +222,8 @@ def apart(function):
         text = handle.read()
     os.waitpid(pid, 0)
     answer = json.loads(text) if text else {"value": None}
+    if "Autograd-and-Fork" in answer.get("error", ""):
+        return function(0.0)  # a Python that has trained before, and a torch that then refuses to in a fork
     if "error" in answer:
         raise RuntimeError(answer["error"])
     return answer["value"]
