@@ -65,7 +65,7 @@ def new_run(data, name, variant="sampled", save_every=0):
     """The words that start a run. It freezes its norms in the middle, and validates, so that all of that is resumed."""
     return ["-m", "train_lite", "--data", data, "--res", 48, "--patch", 16, "--overlap", 4, "--width", 4,
             "--epochs", EPOCHS, "--threads", 1, "--save-every", save_every, "--out", "runs",
-            "--name", name] + list(VARIANTS[variant])
+            "--freeze-at", 0.5, "--name", name] + list(VARIANTS[variant])
 
 
 def resume(name):

@@ -22,7 +22,7 @@ class TrainConfig(NamedTuple):
     model: str = "unet"
     width: int = 16
     norm: str = "group"
-    freeze_at: float = 0.5
+    freeze_at: float = 1.0
     weights: str = ""
     allow_pickle: bool = False
     # patches
@@ -80,7 +80,7 @@ HELPS = {
     "model": "net of the encoder",
     "width": "channels of the net's first level; 64 is the published size of both nets",
     "norm": "normalisation: group (exact gradients), batch, frozen (fixed statistics, measured before the first step)",
-    "freeze_at": "share of the steps after which group norms are frozen, so that they fold at export; 1: never",
+    "freeze_at": "share of the steps after which group norms are frozen, so that they fold at export (0.5 is a good one); 1: never",
     "weights": "pretrained weights of the encoder: .safetensors, or .pth with torchvision's names",
     "allow_pickle": "load a .pth on a torch without a safe loader (before 1.13): the file can run any code",
     "mode": "patch; or the paper's comparisons: full (whole image), down (image shrunk to --patch), tiled (no global patch)",

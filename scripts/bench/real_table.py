@@ -2,10 +2,10 @@
 
     python scripts/bench/real_table.py chasedb1 --sets FOLDER --res 1024 --epochs 40 --width 8 --seeds 1
     python scripts/bench/real_table.py hrf_av --sets FOLDER --res 2048 --rows down,ours --epochs 20 --width 8
-    python scripts/bench/real_table.py chasedb1 --sets FOLDER --rows ours,group-norm --seeds 3
+    python scripts/bench/real_table.py chasedb1 --sets FOLDER --rows ours,frozen --seeds 3
 
 Rows: full (whole image), down (shrunk to one patch), no-global (patches alone), ours (patches and global patch),
-group-norm (ours without freeze-and-fold). The last epoch's net is scored: nothing is chosen on the test images.
+frozen (ours with freeze-and-fold). The last epoch's net is scored: nothing is chosen on the test images.
 Other flags go to train_lite as they are. Runs that are finished in --out are read, not repeated."""
 import argparse
 import json
@@ -19,7 +19,7 @@ import real_sets
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ROWS = {"full": ["--mode", "full"], "down": ["--mode", "down"], "no-global": ["--global-patch", "none"], "ours": [],
-        "group-norm": ["--freeze-at", "1"]}
+        "frozen": ["--freeze-at", "0.5"]}
 NAMES = ("acc", "f1", "iou", "bacc", "plr", "nlr")
 
 

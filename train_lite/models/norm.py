@@ -16,6 +16,23 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=EPS)
 
 
+class PlainGroupNorm(nn.Module):
+    """A trained GroupNorm in means, differences and a root: what a runtime computes without a normalisation operator,
+    which on TensorRT 8.2 is a plugin that loads cuDNN. Sizes are fixed when it is traced."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x):
+        batch, channels, height, width = (int(n) for n in x.shape)
+        z = x.reshape(batch, self.groups, channels // self.groups, height * width)
+        z = z - z.mean(dim=(2, 3), keepdim=True)
+        z = z / torch.sqrt((z * z).mean(dim=(2, 3), keepdim=True) + self.eps)
+        return z.reshape(batch, channels, height, width) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch statistics in training, unless there is one value per channel (pooling of a single patch): then the
     running ones. `updating` False leaves the running statistics alone, for the second pass over the same tiles."""
@@ -111,7 +128,7 @@ def put_frozen(net, names):
 
 def fold(net):
     """Fold every frozen or batch norm of `net` (eval mode) into the convolution registered just before it, in place.
-    Returns the number folded. Group norms stay: they depend on the input."""
+    Returns the number folded. Group norms depend on the input; they become PlainGroupNorms."""
     folded = 0
     with torch.no_grad():
         for parent in list(net.modules()):
@@ -124,5 +141,7 @@ def fold(net):
                     conv.bias = nn.Parameter(bias)
                     setattr(parent, name, nn.Identity())
                     folded += 1
+                elif isinstance(child, GroupNorm):
+                    setattr(parent, name, PlainGroupNorm(child))
                 conv = child if isinstance(child, nn.Conv2d) else None
     return folded
