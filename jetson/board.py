@@ -111,11 +111,11 @@ def swaps(root="/"):
             for name, kind, size, used in rows]
 
 
-def power_modes(root="/"):
-    """List of {id, name, gpu_hz, cores}: the modes of /etc/nvpmodel.conf. gpu_hz: the highest GPU clock allowed, None
+def power_modes(root="/", path="/etc/nvpmodel.conf"):
+    """List of {id, name, gpu_hz, cores}: the modes of nvpmodel's config. gpu_hz: the highest GPU clock allowed, None
     when the mode sets none (then the hardware's own limit holds); cores: how many are on, None when not said."""
     modes = []
-    blocks = re.split(r"^\s*<\s*POWER_MODEL\b", read(root, "/etc/nvpmodel.conf") or "", flags=re.M)[1:]
+    blocks = re.split(r"^\s*<\s*POWER_MODEL\b", read(root, path) or "", flags=re.M)[1:]
     for block in blocks:
         head = re.match(r"[^>\n]*\bID=(\d{1,4})\b[^>\n]*\bNAME=([^\s>]{1,60})", block)
         if head:

@@ -11,7 +11,8 @@ import traceback
 import pytest
 
 from edge.errors import BadFile, UsageError
-from jetson import setup
+from jetson import setup, swap
+from jetson.journal import FOLDER, JOURNAL, PART, Tree, call, have, inside, load, remember, save, search_path
 
 CONF = """# < POWER_MODEL ID=9 NAME=COMMENT >
 < PARAM TYPE=FILE NAME=CPU_ONLINE >
@@ -124,7 +125,7 @@ def test_apply_does_what_it_says(nano, capsys):
     assert os.path.exists(units + "/nvzramconfig.service")
     assert os.readlink(units + "/default.target") == "/lib/systemd/system/multi-user.target"
     assert read(nano, "var/lib/nvpmodel/status") == "pmode:0000 fmode:quiet\n"
-    assert not [path for path in picture(nano) if path.endswith(setup.PART)]
+    assert not [path for path in picture(nano) if path.endswith(PART)]
 
 
 @pytest.mark.parametrize("fstab", [ROOT_LINE, ROOT_LINE.rstrip("\n"), "", None])
@@ -169,7 +170,7 @@ def test_json_of_undo(nano, capsys):
 
 
 def test_a_folder_that_was_there_stays(nano):
-    os.mkdir(nano + setup.FOLDER)
+    os.mkdir(nano + FOLDER)
     before = picture(nano)
     assert run(nano, "--apply") == 0 and run(nano, "--undo") == 0
     assert picture(nano) == before
@@ -249,7 +250,7 @@ def test_links_of_the_tree_never_lead_out_of_it(tmp_path):
     os.symlink("b", nano + "/etc/a")
     os.symlink("a", nano + "/etc/b")
     with pytest.raises(BadFile, match="circles"):
-        setup.inside(setup.Tree(nano, False), "/etc/a")
+        inside(Tree(nano, False), "/etc/a")
 
 
 # --- killed at every step
@@ -296,7 +297,7 @@ def killed(after, action):
 def test_killed_at_any_step_it_can_be_undone(tmp_path, fstab, folder):
     nano = make_nano(tmp_path / "nano", fstab)
     if folder:
-        os.mkdir(nano + setup.FOLDER)
+        os.mkdir(nano + FOLDER)
     before, after = picture(nano), 0
     while killed(after, lambda: run(nano, "--apply")):
         assert run(nano, "--undo") == 0
@@ -335,9 +336,9 @@ def test_an_undo_killed_at_any_step_can_be_undone(nano):
 
 
 def test_an_interrupt_says_how_to_go_back(nano, monkeypatch, capsys):
-    def interrupt(tree, wanted, journal):
+    def interrupt(path, state):
         raise KeyboardInterrupt
-    monkeypatch.setattr(setup, "_no_desktop", interrupt)
+    monkeypatch.setattr(setup, "put", interrupt)
     assert run(nano, "--apply") == 130
     err = capsys.readouterr().err
     assert "Done before it: swap file, swap at boot, zram off" in err and "--undo --root " + nano in err
@@ -346,16 +347,16 @@ def test_an_interrupt_says_how_to_go_back(nano, monkeypatch, capsys):
 def test_a_damaged_journal_is_refused(nano, capsys):
     assert run(nano, "--apply") == 0
     for text in ("{", "[]", '{"version": 2}', '{"version": 1, "made": true, "records": [{"path": "etc"}]}'):
-        write(nano + setup.JOURNAL, text)
+        write(nano + JOURNAL, text)
         assert run(nano, "--undo") == 5
-        assert setup.JOURNAL in capsys.readouterr().err
+        assert JOURNAL in capsys.readouterr().err
 
 
 def test_a_hostile_journal_stays_in_the_tree(tmp_path):
     nano = make_nano(tmp_path / "nano")
     write(str(tmp_path / "victim"), "old\n")
-    os.mkdir(nano + setup.FOLDER)
-    write(nano + setup.JOURNAL, json.dumps({"version": 1, "made": True, "records": [
+    os.mkdir(nano + FOLDER)
+    write(nano + JOURNAL, json.dumps({"version": 1, "made": True, "records": [
         {"path": "/../victim", "step": "x", "was": {"kind": "absent"}}]}))
     assert run(nano, "--undo") == 0
     assert read(str(tmp_path), "victim") == "old\n"
@@ -365,44 +366,44 @@ def test_a_hostile_journal_stays_in_the_tree(tmp_path):
 
 def test_header_is_that_of_mkswap(tmp_path):
     path = str(tmp_path / "a.swap")
-    setup.make_swap(path, 3 << 20)
+    swap.make_swap(path, 3 << 20)
     with open(path, "rb") as handle:
         content = handle.read()
     assert len(content) == 3 << 20 and content[4086:4096] == b"SWAPSPACE2"
     assert content[1024:1036] == bytes([1, 0, 0, 0, 255, 2, 0, 0, 0, 0, 0, 0])  # version 1, last page 767, none bad
-    assert setup.swap_size(path) == 3 << 20
-    if not setup.have("mkswap"):
+    assert swap.swap_size(path) == 3 << 20
+    if not have("mkswap"):
         pytest.skip("no mkswap to compare with")
     made = str(tmp_path / "b.swap")
     with open(made, "wb") as handle:
         handle.truncate(3 << 20)
     os.chmod(made, 0o600)
-    subprocess.check_call(["mkswap", made], stdout=subprocess.DEVNULL, env=dict(os.environ, PATH=setup._search_path()))
+    subprocess.check_call(["mkswap", made], stdout=subprocess.DEVNULL, env=dict(os.environ, PATH=search_path()))
     with open(made, "rb") as handle:
         theirs = handle.read(4096)
     mine = content[:4096]
     named = slice(1036, 1068)  # uuid and label
     assert mine[:named.start] + mine[named.stop:] == theirs[:named.start] + theirs[named.stop:]
-    assert setup.swap_size(made) == 3 << 20
+    assert swap.swap_size(made) == 3 << 20
 
 
 def test_zeros_are_written_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", None)  # not asked
     path = str(tmp_path / "a.swap")
-    setup.make_swap(path, (5 << 20) + 4096, zeros=True)
-    assert os.path.getsize(path) == (5 << 20) + 4096 == setup.swap_size(path)
+    swap.make_swap(path, (5 << 20) + 4096, zeros=True)
+    assert os.path.getsize(path) == (5 << 20) + 4096 == swap.swap_size(path)
     assert os.stat(path).st_blocks * 512 >= 5 << 20
-    assert not os.path.exists(path + setup.PART)
+    assert not os.path.exists(path + PART)
 
 
 def test_what_is_no_swap_file(tmp_path):
     path = str(tmp_path / "a")
-    assert setup.swap_size(path) is None
+    assert swap.swap_size(path) is None
     write(path, "x" * 5000)
-    assert setup.swap_size(path) is None
-    setup.make_swap(path + ".swap", 1 << 20)
+    assert swap.swap_size(path) is None
+    swap.make_swap(path + ".swap", 1 << 20)
     os.truncate(path + ".swap", 1 << 19)
-    assert setup.swap_size(path + ".swap") is None
+    assert swap.swap_size(path + ".swap") is None
 
 
 @pytest.mark.parametrize("size", ["4 potatoes", "0", "-1GB", "GB", "", "1kB", "nan", "1e3GB", "4GB4"])
@@ -438,8 +439,8 @@ def test_space_is_looked_at_first_and_some_is_left(nano, capsys, monkeypatch):
     assert "must stay free" in capsys.readouterr().err and picture(nano) == before
     disk = os.statvfs(nano)
     with pytest.raises(BadFile):
-        setup.check_space(nano, disk.f_bavail * disk.f_frsize - 1000)
-    setup.check_space(nano, 1000)
+        swap.check_place(Tree(nano, False), nano + "/a.swap", disk.f_bavail * disk.f_frsize - 1000)
+    swap.check_place(Tree(nano, False), nano + "/a.swap", 1000)
 
 
 def test_a_disk_that_fills_meanwhile(nano, capsys, monkeypatch):
@@ -459,17 +460,18 @@ def test_a_disk_that_fills_meanwhile(nano, capsys, monkeypatch):
 def test_file_system_of_a_path():
     mounts = ("/dev/root / ext4 rw 0 0\ntmpfs /media/my\\040disk tmpfs rw 0 0\n"
               "b /media btrfs rw 0 0\nnfs /media nfs4 rw 0 0\n")
-    assert setup.file_system("/mediator/x", mounts) == "ext4"
-    assert setup.file_system("/media/x", mounts) == "nfs4"  # mounted over the btrfs
-    assert setup.file_system("/media/my disk/x", mounts) == "tmpfs"
-    assert setup.file_system("/x", "") == "unknown"
+    assert swap.file_system("/mediator/x", mounts) == "ext4"
+    assert swap.file_system("/media/x", mounts) == "nfs4"  # mounted over the btrfs
+    assert swap.file_system("/media/my disk/x", mounts) == "tmpfs"
+    assert swap.file_system("/x", "") == "unknown"
 
 
 # --- power modes
 
-def test_modes_are_those_of_the_file():
-    assert setup.power_modes(CONF) == ({0: "MAXN", 1: "5W"}, 0)
-    assert setup.power_modes("") == ({}, None)
+def test_modes_are_those_of_the_file(nano):
+    assert setup.power_modes(Tree(nano, False)) == ({0: "MAXN", 1: "5W"}, 0)
+    os.remove(nano + "/etc/nvpmodel.conf")
+    assert setup.power_modes(Tree(nano, False)) == ({}, None)
 
 
 @pytest.mark.parametrize("modes,best", [
@@ -507,7 +509,7 @@ def test_live_needs_root_and_says_what_to_type(capsys, monkeypatch):
         raise AssertionError("must not come so far")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(setup, "plan", never)
-    monkeypatch.setattr(setup, "_undo", never)
+    monkeypatch.setattr(setup, "undo", never)
     for word in ("--apply", "--undo"):
         assert setup.main([word, "--swap", "6GB"]) == 2
         err = capsys.readouterr().err
@@ -547,11 +549,11 @@ def board(nano, tmp_path, monkeypatch):
         write(os.path.join(folder, name), '#!/bin/sh\necho "%s $*" >> %s\n%s' % (name, log, text), 0o755)
     monkeypatch.setenv("PATH", folder + ":" + os.environ["PATH"])
     write(log, "")
-    return setup.Tree(nano, True), log
+    return Tree(nano, True), log
 
 
 def applied(tree, wanted):
-    journal = setup.load(tree) or {"version": 1, "made": False, "records": []}
+    journal = load(tree)
     return setup.apply(tree, journal, setup.plan(wanted, tree, journal))
 
 
@@ -560,10 +562,10 @@ def test_live_power_and_clocks_go_and_come_back(board):
     before, store = picture(tree.root), tree.root + setup.CLOCKS
     wanted = config(power_mode="max", clocks=True)
     assert [step.state for step in applied(tree, wanted)] == ["done", "done"]
-    assert read(log).splitlines() == ["nvpmodel -m 0", "jetson_clocks --store " + store + setup.PART, "jetson_clocks "]
+    assert read(log).splitlines() == ["nvpmodel -m 0", "jetson_clocks --store " + store + PART, "jetson_clocks "]
     assert [step.state for step in applied(tree, wanted)] == ["already done", "already done"]
     write(log, "")
-    setup.undo(tree, setup.load(tree))
+    setup.undo(tree, load(tree))
     assert read(log).splitlines() == ["jetson_clocks --restore " + store, "nvpmodel -m 1"]
     assert picture(tree.root) == before
 
@@ -571,9 +573,9 @@ def test_live_power_and_clocks_go_and_come_back(board):
 def test_live_clocks_are_pinned_again_after_a_boot(board):
     tree, log = board
     applied(tree, config(clocks=True))
-    journal = setup.load(tree)
+    journal = load(tree)
     journal["records"][0]["boot"] = "an earlier one"
-    setup.save(tree, journal)
+    save(tree, journal)
     write(log, "")
     applied(tree, config(clocks=True))
     assert read(log).splitlines() == ["jetson_clocks "]  # what was stored is what was there before the first time
@@ -582,11 +584,11 @@ def test_live_clocks_are_pinned_again_after_a_boot(board):
 def test_live_clocks_killed_while_stored_are_stored_again(board):
     tree, _log = board
     before, journal = picture(tree.root), {"version": 1, "made": False, "records": []}
-    setup.remember(tree, journal, setup.CLOCKS, "clocks")
-    write(tree.root + setup.CLOCKS + setup.PART, "half")
+    remember(tree, journal, setup.CLOCKS, "clocks")
+    write(tree.root + setup.CLOCKS + PART, "half")
     applied(tree, config(clocks=True))
     assert read(tree.root + setup.CLOCKS) == "stored\n"
-    setup.undo(tree, setup.load(tree))
+    setup.undo(tree, load(tree))
     assert picture(tree.root) == before
 
 
@@ -597,7 +599,7 @@ def test_live_command_that_fails_stops_and_tells(board, capsys):
     with pytest.raises(BadFile, match="exit status 3: NVPM ERROR: no"):
         applied(tree, config(keep_desktop=False, power_mode="max"))
     assert "Done before it: no desktop" in capsys.readouterr().err
-    setup.undo(tree, setup.load(tree))
+    setup.undo(tree, load(tree))
     assert picture(tree.root) == before
 
 
@@ -616,10 +618,10 @@ def test_undo_does_the_rest_when_one_thing_fails(board):
     good = read(command)
     write(command, "#!/bin/sh\nexit 1\n", 0o755)
     with pytest.raises(BadFile, match="nvpmodel"):
-        setup.undo(tree, setup.load(tree))
+        setup.undo(tree, load(tree))
     assert os.readlink(tree.root + setup.TARGET).endswith("graphical.target")
     write(command, good, 0o755)
-    setup.undo(tree, setup.load(tree))
+    setup.undo(tree, load(tree))
     assert picture(tree.root) == before
 
 
@@ -643,7 +645,7 @@ def test_real_full_disk(small_disk, capsys, monkeypatch):
     before = picture(nano)
     assert run(nano, "--apply", "--swap", "16MiB") == 5
     assert "free" in capsys.readouterr().err and picture(nano) == before
-    monkeypatch.setattr(setup, "check_space", lambda *words: None)
+    monkeypatch.setattr(swap, "check_place", lambda *words: None)
     assert run(nano, "--apply", "--swap", "16MiB") == 5
     assert "disk is full" in capsys.readouterr().err and os.listdir(nano + "/mnt") == []
     assert run(nano, "--undo") == 0
@@ -660,40 +662,40 @@ def test_real_read_only_disk(small_disk, capsys):
 def test_real_disk_that_carries_no_swap(small_disk, capsys):
     nano = make_nano(os.path.join(small_disk, "nano"))
     with pytest.raises(BadFile, match="on tmpfs, which cannot carry swap"):
-        setup.plan(config(swap="1MiB"), setup.Tree(nano, True), {"records": []})
-    if not setup.have("swapon"):
+        setup.plan(config(swap="1MiB"), Tree(nano, True), {"records": []})
+    if not have("swapon"):
         pytest.skip("no swapon")
     path = nano + "/mnt/a.swap"
-    setup.make_swap(path, 1 << 20)
+    swap.make_swap(path, 1 << 20)
     with pytest.raises(BadFile, match="(on tmpfs, which may not carry swap|not permitted)"):
-        setup.use_swap(path, 1 << 20)
+        swap.use_swap(path, 1 << 20)
 
 
 @pytest.mark.parametrize("holes", [False, True])
 def test_real_swap_goes_on_and_off(nano, capsys, monkeypatch, holes):
     """The live path with 64 MiB on this machine's own disk. holes: the reserved file has some, so zeros are written."""
-    tree, path, wanted = setup.Tree(nano, True), nano + "/mnt/nanopatch.swap", config(swap="64MiB")
-    if os.geteuid() != 0 or not setup.have("swapon"):
+    tree, path, wanted = Tree(nano, True), nano + "/mnt/nanopatch.swap", config(swap="64MiB")
+    if os.geteuid() != 0 or not have("swapon"):
         pytest.skip("not root, or no swapon: swap cannot be tried")
     if holes:
-        monkeypatch.setattr(setup, "_reserve", lambda handle, size: os.ftruncate(handle, size) is None)
+        monkeypatch.setattr(os, "posix_fallocate", lambda handle, start, size: os.ftruncate(handle, size))
     before = picture(nano)
     try:
         try:
             done = applied(tree, wanted)
         except BadFile as exc:
-            if setup.file_system(nano) in ("ext3", "ext4", "xfs") and "not permitted" not in str(exc):
+            if swap.file_system(nano) in ("ext3", "ext4", "xfs") and "not permitted" not in str(exc):
                 raise
             pytest.skip("this machine takes no swap file: %s" % exc)
-        assert [step.state for step in done[:2]] == ["done", "done"] and setup.swapped_on(path)
+        assert [step.state for step in done[:2]] == ["done", "done"] and swap.swapped_on(path)
         assert ("writing zeros" in capsys.readouterr().err) == holes
         assert os.stat(path).st_blocks * 512 >= 64 << 20
         assert all(step.state == "already done" for step in applied(tree, wanted)[:3])
-        setup.call("swapoff", path)
-        assert applied(tree, wanted)[0].state == "done" and setup.swapped_on(path)  # ours, only switched off
-        setup.undo(tree, setup.load(tree))
-        assert not setup.swapped_on(path)
+        call("swapoff", path)
+        assert applied(tree, wanted)[0].state == "done" and swap.swapped_on(path)  # ours, only switched off
+        setup.undo(tree, load(tree))
+        assert not swap.swapped_on(path)
         assert picture(nano) == before
     finally:
-        if setup.swapped_on(path):
+        if swap.swapped_on(path):
             subprocess.call(["swapoff", path])

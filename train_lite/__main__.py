@@ -14,7 +14,8 @@ from edge.errors import OverBudget
 from jetson.memory import oom_kills, read_text
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check
 
-FRUITLESS = 3  # deaths in a row without a new checkpoint, after which we give up
+FRUITLESS = 3        # times in a row that a training may be killed without a new checkpoint before we give up
+FRUITLESS_SHORT = 5  # the same when memory was short: it has that many notches to go down
 
 
 @guarded
@@ -30,9 +31,11 @@ def main(argv):
         folder = folder or _folder_of(config.out, pid)
         short = code == RETRY_SMALLER or not kills or oom_kills() != kills
         fruitless, progress = (fruitless + 1, progress) if _saved(folder) == progress else (1, _saved(folder))
-        if fruitless > FRUITLESS and not short:
-            raise OverBudget("the training was killed %d times without getting further. Go on by hand: python -m train_lite "
-                             "--resume %s" % (fruitless, folder))
+        if fruitless > (FRUITLESS_SHORT if short else FRUITLESS):
+            raise OverBudget("the training %s %d times without getting further. %s" % (
+                "ran out of memory" if short else "was killed", fruitless,
+                "Go on by hand: python -m train_lite --resume %s" % folder if folder else
+                "See what takes the memory: python -m jetson doctor; then type the command again"))
         if folder:  # its config.json holds the levers it ran with: one below those
             words = ["--resume", folder, "--smaller", str(int(short))] + [w for w in argv if w in ("--json", "--debug")]
         else:
@@ -65,7 +68,7 @@ def _run(words):
 def _folder_of(out, pid):
     """The run folder that the process `pid` made and held, '' when it did not get so far."""
     for lock in glob.glob(os.path.join(out, "*", "lock")):
-        if read_text(lock).strip() == str(pid):
+        if read_text(lock).strip() == str(pid) and not os.path.islink(os.path.dirname(lock)):  # not `last`
             return os.path.dirname(lock)
     return ""
 

@@ -16,18 +16,21 @@ class Optimizer:
 
     AdamW is Loshchilov & Hutter 2019, algorithm 2. Its 8-bit moments come in blocks, after Dettmers et al. 2022
     (arXiv 2110.02861, section 2) with linear codes: m as int8 times the block's largest |m| / 127; sqrt(v) as uint8
-    times the block's largest / 255, rounded up, so that no step divides by a v that was rounded to nothing.
+    times the block's largest / 255, and never 0 where v is not: a step would divide by nothing. sqrt(v) changes by less
+    than a code in a step, so it is rounded at random, right on average; rounded up or to the nearest it stands still.
     Vectors (norms, biases) keep float32 moments: they are few, and steer much."""
 
     def __init__(self, net, kind, beta2, weight_decay):
         self.net, self.kind, self.beta2, self.weight_decay = net, kind, beta2, weight_decay
         self.steps = 0
+        self._random = torch.Generator()  # of the rounding; seeded by the step, so a resumed run rounds alike
         self.moments = {}  # parameter -> dict of tensors: MOMENTS, and 'KEY_scale' (one per block) where they are coded
 
     @torch.no_grad()
     def step(self, rate):
         """One step with learning rate `rate`. Parameters without a gradient stay as they are."""
         self.steps += 1
+        self._random.manual_seed(self.steps)
         for parameter in self.net.parameters():
             if parameter.grad is None:
                 continue
@@ -35,14 +38,13 @@ class Optimizer:
                 parameter.mul_(1 - rate * self.weight_decay).add_(parameter.grad, alpha=-rate)
                 continue
             if parameter not in self.moments:
-                self.moments[parameter] = self._form(parameter, {key: torch.zeros_like(parameter) for key in MOMENTS})
+                self.moments[parameter] = self._empty(parameter)
             self._adamw(parameter, self.moments[parameter], rate)
 
     def _adamw(self, parameter, state, rate):
         values, gradient = parameter.view(-1), parameter.grad.reshape(-1)
         coded = MOMENTS[0] + "_scale" in state
-        for first in range(0, len(values), SLAB):
-            part = slice(first, min(first + SLAB, len(values)))
+        for part in _slabs(len(values)):
             g = gradient[part]
             m, v = (_decode(state, key, part) if coded else state[key].view(-1)[part] for key in MOMENTS)
             m.mul_(BETA1).add_(g, alpha=1 - BETA1)
@@ -52,7 +54,7 @@ class Optimizer:
             values[part].addcdiv_(m, divisor, value=-rate / (1 - BETA1 ** self.steps))
             if coded:
                 for key, moment in zip(MOMENTS, (m, v)):
-                    state[key].view(-1)[part], state[key + "_scale"][_blocks(part)] = _encode(key, moment)
+                    self._encode(state, key, part, moment)
 
     def restore(self, moments, steps):
         """Take over from a checkpoint: a dict of moments per parameter, in order, written by either AdamW."""
@@ -60,18 +62,47 @@ class Optimizer:
         for parameter, moment in zip(self.net.parameters(), moments):
             self.moments[parameter] = self._form(parameter, moment)
 
+    def _codes(self, parameter):
+        return self.kind == "adamw8" and parameter.dim() > 1
+
+    def _empty(self, parameter):
+        """Moments of 0 in the form that this kind keeps."""
+        if not self._codes(parameter):
+            return {key: torch.zeros_like(parameter) for key in MOMENTS}
+        blocks = -(-parameter.numel() // BLOCK)
+        return {"exp_avg": torch.zeros_like(parameter, dtype=torch.int8), "exp_avg_scale": parameter.new_zeros(blocks),
+                "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.uint8), "exp_avg_sq_scale": parameter.new_zeros(blocks)}
+
     def _form(self, parameter, moments):
-        """Moments in the form that this kind keeps."""
-        coded, wanted = MOMENTS[0] + "_scale" in moments, self.kind == "adamw8" and parameter.dim() > 1
-        if coded and not wanted:
-            return {key: _decode(moments, key, slice(0, parameter.numel())).view(parameter.shape) for key in MOMENTS}
-        if wanted and not coded:
-            out = {}
-            for key in MOMENTS:
-                codes, out[key + "_scale"] = _encode(key, moments[key].reshape(-1))
-                out[key] = codes.view(parameter.shape)
-            return out
-        return moments
+        """Moments of either AdamW in the form that this kind keeps."""
+        coded = MOMENTS[0] + "_scale" in moments
+        if coded == self._codes(parameter):
+            return moments
+        out = self._empty(parameter)
+        for key in MOMENTS:
+            for part in _slabs(parameter.numel()):
+                if coded:
+                    out[key].view(-1)[part] = _decode(moments, key, part)
+                else:
+                    self._encode(out, key, part, moments[key].reshape(-1)[part])
+        return out
+
+    def _encode(self, state, key, part, moment):
+        """Store a slab `moment` (float32) as codes. exp_avg_sq is stored as its root."""
+        rows = _blocked(moment if key == "exp_avg" else moment.sqrt())
+        scale = rows.abs().max(dim=1)[0] / (127 if key == "exp_avg" else 255)
+        codes = rows / scale.clamp(min=1e-38)[:, None]
+        if key == "exp_avg":
+            codes = codes.round_()
+        else:
+            dither = torch.rand(codes.shape, generator=self._random).to(codes.device)
+            codes = torch.max((codes + dither).floor_().clamp_(max=255), (rows > 0).to(codes.dtype))
+        state[key].view(-1)[part] = codes.view(-1)[:len(moment)].to(state[key].dtype)
+        state[key + "_scale"][_blocks(part)] = scale
+
+
+def _slabs(count):
+    return [slice(first, min(first + SLAB, count)) for first in range(0, count, SLAB)]
 
 
 def _blocks(part):
@@ -80,15 +111,6 @@ def _blocks(part):
 
 def _blocked(flat):
     return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-
-
-def _encode(key, moment):
-    """A flat float32 moment -> (codes of the same length, scale per block). exp_avg_sq is stored as its root."""
-    rows = _blocked(moment if key == "exp_avg" else moment.sqrt())
-    scale = rows.abs().max(dim=1)[0] / (127 if key == "exp_avg" else 255)
-    codes = rows / scale.clamp(min=1e-38)[:, None]
-    codes = codes.round_().to(torch.int8) if key == "exp_avg" else codes.ceil_().clamp_(max=255).to(torch.uint8)
-    return codes.view(-1)[:len(moment)], scale
 
 
 def _decode(state, key, part):

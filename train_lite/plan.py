@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from edge.errors import OverBudget, UsageError
+from jetson import phases
 from jetson.memory import in_use_mib, limit_mib, parse_bytes, peak_rss_mib, reset_peak, rss_mib
 from train_lite.config import micro_batch, mode_settings
 from train_lite.gradient import SumTable
@@ -65,7 +66,7 @@ def ladder(config):
 
 def apply(config, levers):
     """The config with the levers set. The effective batch is k patches of each image as before."""
-    return config._replace(**levers._asdict())
+    return config._replace(smaller=0, **levers._asdict())
 
 
 class Look:
@@ -119,7 +120,11 @@ def estimates(config, outputs, tile_px, headers):
         look, loader = Look(config, outputs, unseen), _loader_mib(headers)
         return [_estimate(look, notch, tile_px or notch.patch ** 2, loader) for notch in ladder(config)]
 
-    return apart(count)
+    predicted = apart(count)
+    if predicted is None:
+        raise OverBudget("there is not even the memory to build the net and look at it; close other programs, or take a "
+                         "smaller --width")
+    return predicted
 
 
 def _estimate(look, levers, tile_px, loader_mib):
@@ -131,7 +136,7 @@ def _estimate(look, levers, tile_px, loader_mib):
     deep = 0.55 * kept * scale + (2.5 if levers.tight else 4) * look.largest_weight
     return {"runtime libraries": look.libraries + SUPERVISOR_MIB, "weights": look.weights, "gradients": look.weights,
             "optimizer": look.weights / 4 * STATE_BYTES[levers.optimizer],
-            "activations": max(top, deep) + (5 if levers.tight else 35), "loader": loader_mib}
+            "activations": max(top, deep) + (30 if levers.tight else 45), "loader": loader_mib}
 
 
 def _loader_mib(headers):
@@ -170,11 +175,16 @@ def choose(notches, predicted, allowed, first=0):
     for index in range(first, len(notches)):
         if peak(predicted[index]) * MARGIN <= allowed.free_mib:
             return index
-    least = min(map(peak, predicted)) * MARGIN
-    raise OverBudget(
-        "training needs %.0f MiB at the least (%s); %s leaves %.0f MiB. The smallest budget that would do: --budget %dMB"
-        % (least, notches[-1].words(), "--budget " + allowed.asked if allowed.asked else "this machine", allowed.free_mib,
-           math.ceil((least + max(0.0, allowed.total_mib - allowed.free_mib)) * MIB / 1e6)))
+    if first >= len(notches):
+        raise OverBudget("training took more than the %.0f MiB that are free in each of its ways, down to %s. Take a smaller "
+                         "--width or --patch, or close other programs" % (allowed.free_mib, notches[-1].words()))
+    needs = "training needs %.0f MiB at the least (%s)" % (min(map(peak, predicted)) * MARGIN, notches[-1].words())
+    if not allowed.asked:
+        raise OverBudget("%s; this machine has %.0f MiB free. Close other programs, or take a smaller --width or --patch"
+                         % (needs, allowed.free_mib))
+    least = (min(map(peak, predicted)) + 2) * MARGIN + allowed.total_mib - allowed.free_mib  # 2: as two processes differ
+    raise OverBudget("%s; --budget %s leaves %.0f MiB. The smallest budget that would do: --budget %dMB" % (
+        needs, allowed.asked, allowed.free_mib, math.ceil(least * MIB / 1e6)))
 
 
 def describe(notches, chosen, predicted, allowed):
@@ -199,15 +209,15 @@ def tighten():
 
 def apart(function):
     """function(unseen) in a fork of this process, so that its memory goes when it ends and leaves no holes in ours.
-    unseen: MiB of our libraries that are not
-    resident in the fork until it touches them. Returns what it returned (JSON), or None when the fork was killed, as
-    by the kernel for want of memory; raises what it raised, as RuntimeError."""
+    unseen: MiB of our libraries that are not resident in the fork until it touches them. Returns what it returned (JSON),
+    or None when the fork was killed, as by the kernel for want of memory; raises what it raised, as RuntimeError."""
     resident = rss_mib() or 0.0
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             os.close(reading)
+            os.environ.pop(phases.VARIABLE, None)  # a trial is no phase of the training
             torch.set_num_threads(1)  # the others did not survive the fork
             try:
                 answer = {"value": function(resident - (rss_mib() or 0.0))}
@@ -230,13 +240,13 @@ def apart(function):
 
 
 def confirm(problem, state, unseen):
-    """Train on one chunk for show and measure: returns the peak to expect, in MiB, or None where the kernel does not
-    let us measure. For apart(): it leaves gradients' memory and torch's threads behind."""
+    """Train on one chunk for show and measure: returns the peak to expect, in MiB, or 0 where the kernel does not let us
+    measure. For apart(): it leaves gradients behind."""
     batch, _rng = problem.batch(0, 0)
     gradient = problem.gradient(state.net)
     picks = batch.every_patch()[:gradient.micro_batch]
     if not reset_peak():
-        return None
+        return 0.0
     gradient.add(batch, picks, SumTable(batch), 0)
     gradient.add(batch, picks, SumTable(batch), 0)  # now beside the gradients of the first
     measured = peak_rss_mib(since_reset=True)

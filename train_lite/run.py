@@ -48,11 +48,11 @@ def _train(config, run, device):
     data = _data_folder(config)
     pairs = dataset.find_pairs(data, config.val_share, config.group_by) if data else []
     classes = dataset.read_classes(data, config)
-    notches, allowed = _plan(config, pairs, classes)
+    candidates, allowed = _plan(config, pairs, classes)
     if config.plan:
         return 0
     stored = _ingest(config, data, pairs, classes)
-    config, problem = _settle(config, notches, allowed, classes, stored, device)
+    config, problem = _settle(config, candidates, allowed, classes, stored, device)
     if config.resume:
         run.hold()
         run.keep(config)
@@ -91,7 +91,8 @@ def _data_folder(config):
 
 
 def _plan(config, pairs, classes):
-    """Predict, print, and choose. Returns (notches to try, plan.Budget). Raises OverBudget when none fits."""
+    """Predict, print, and choose. Returns (list of (Levers to try, MiB predicted), plan.Budget). Raises OverBudget when
+    none fits."""
     from train_lite import plan
     phases.mark("plan")
     headers = [photo_header(pair.image) for pair in pairs] or [(config.res, config.res, True)]
@@ -106,7 +107,7 @@ def _plan(config, pairs, classes):
         print(plan.describe(notches, chosen, predicted, allowed))
     elif chosen or config.budget:
         say(plan.describe(notches, chosen, predicted, allowed))
-    return notches[chosen:], allowed
+    return [(notch, plan.peak(owners)) for notch, owners in zip(notches, predicted)][chosen:], allowed
 
 
 def _ingest(config, data, pairs, classes):
@@ -127,22 +128,23 @@ def _ingest(config, data, pairs, classes):
     return stored
 
 
-def _settle(config, notches, allowed, classes, stored, device):
-    """Go down the notches until one chunk, really computed, stays within the budget. Returns (config, Problem)."""
+def _settle(config, candidates, allowed, classes, stored, device):
+    """Go down the candidates of _plan() until one chunk, really computed, stays within the budget. Returns (config, Problem)."""
     from train_lite import plan, state
-    for notch in notches:
+    for notch, predicted in candidates:
         if notch.tight:
             plan.tighten()
         config = plan.apply(config, notch)
         problem = state.Problem(config, classes, *stored, device=device)
         measured = plan.apart(lambda unseen: plan.confirm(problem, state.State(problem), unseen))
-        if measured is None or measured * plan.MARGIN <= allowed.free_mib:
-            if config.budget and measured is not None:
-                say("one chunk measured: %.0f MiB at the peak" % measured)
+        if measured is not None and measured * plan.MARGIN <= allowed.free_mib:
+            if config.budget and measured:
+                say("one chunk measured: %.0f MiB at the peak, %.0f predicted" % (measured, predicted))
             return config, problem
-        say("one chunk measured: %.0f MiB at the peak, %.0f MiB are free; one notch smaller" % (measured, allowed.free_mib))
-    raise OverBudget("one chunk took %.0f MiB at the peak; %.0f MiB are free. Close other programs, add memory, or take a "
-                     "smaller --width or --patch" % (measured, allowed.free_mib))
+        took = "was killed" if measured is None else "takes %.0f MiB at the peak" % measured
+        say("one chunk %s, %.0f MiB are free; one notch smaller" % (took, allowed.free_mib))
+    raise OverBudget("one chunk %s; %.0f MiB are free. Close other programs, add memory, or take a smaller --width or --patch"
+                     % (took, allowed.free_mib))
 
 
 def _device(torch, config):

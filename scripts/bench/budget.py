@@ -3,7 +3,7 @@
     sudo python scripts/bench/budget.py --work FOLDER [--runs 30] [--only SUBSTRING]
 
 Every run is `python -m train_lite --budget B` in a control group of exactly B without swap (scripts/nano-sim): the kernel kills
-what takes more. One image of the asked side, one round of PatchGD, and a validation image as wide and 128 px high, so that
+what takes more. One image of the asked side, 2 rounds of PatchGD (moments beside activations), and a validation image as wide and 128 px high, so that
 every phase runs: reading, plan, both passes, step, validation, checkpoint. Columns: what the plan predicted and what one
 chunk measured (MiB, supervisor apart), the process's peak (VmHWM), their ratio, the exit code (3: refused), seconds until a
 refusal, kernel kills. Images stay in --work and are used again."""
@@ -57,10 +57,10 @@ def run(work, budget, side, net, width, extra):
     done = subprocess.run(
         [sys.executable, os.path.join(ROOT, "scripts", "nano-sim"), "--memory", budget, "--swap", "0", "--json", facts, "--",
          sys.executable, "-m", "train_lite", "--data", data(work, side), "--fit", "none", "--res", str(side), "--model", net,
-         "--width", str(width), "--budget", budget, "--epochs", "1", "--inner", "1", "--threads", "1", "--out", out, "--name",
+         "--width", str(width), "--budget", budget, "--epochs", "1", "--inner", "2", "--threads", "1", "--out", out, "--name",
          name] + extra, env=dict(os.environ, PYTHONPATH=ROOT), stderr=subprocess.PIPE)
     text, seconds = done.stderr.decode(), time.time() - began
-    row = {"predicted": _found(r"^peak +(\d+)", text, -SUPERVISOR_MIB), "measured": _found(
+    row = {"predicted": _found(r"one chunk measured: .*, (\d+) predicted", text, -SUPERVISOR_MIB), "measured": _found(
         r"one chunk measured: (\d+)", text, -SUPERVISOR_MIB), "peak": None, "code": done.returncode, "seconds": seconds}
     with open(facts) as handle:
         row["kills"] = json.load(handle)["oom_kills"]

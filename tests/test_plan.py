@@ -1,0 +1,240 @@
+"""Fitting a memory budget: the levers, the estimate, the choice, what is measured apart, and what the kernel says."""
+import csv
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import command, write_set
+from edge.errors import OverBudget, UsageError
+from jetson import memory
+from train_lite import checkpoint, plan
+from train_lite.config import TrainConfig
+
+SMALL = ("--res", 128, "--patch", 64, "--width", 8, "--threads", 1)
+ORDER = {"optimizer": ("adamw", "adamw8", "sgd"), "tight": (False, True), "recompute": (False, True)}
+
+
+def config(**change):
+    return TrainConfig(width=8, res=256, patch=256)._replace(**change)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"mode": "full"}, {"mode": "tiled"}, {"mode": "full", "norm": "batch"}, {"optimizer": "sgd"}, {"tight": True},
+    {"micro_batch": 1}, {"micro_batch": 7}, {"resume": "runs/x"}, {"recompute": True}, {"optimizer": "adamw8"}])
+def test_ladder_goes_down_one_change_at_a_time(change):
+    start = config(**change)
+    notches = plan.ladder(start)
+    assert plan.apply(start, notches[0]) == start._replace(micro_batch=start.micro_batch or 8)
+    for above, below in zip(notches, notches[1:]):
+        changed, = [name for name in plan.Levers._fields if getattr(above, name) != getattr(below, name)]
+        a, b = getattr(above, changed), getattr(below, changed)
+        assert ORDER[changed].index(b) > ORDER[changed].index(a) if changed in ORDER else 0 < b < a
+    assert notches[-1].micro_batch == 1 and notches[-1].tight
+    assert all(n.patch % 16 == 0 and n.patch >= plan.LEAST_PATCH for n in notches)
+    whole, steady = start.mode == "full", start.mode == "full" or bool(start.resume)
+    assert (notches[-1].patch == start.patch) == steady
+    assert notches[-1].recompute == (whole and start.norm != "batch" or start.recompute)
+
+
+@pytest.mark.parametrize("text, mib", [("4GB", 4e9 / 2 ** 20), ("512MiB", 512), ("1.5G", 1536), (" 64 k", 1 / 16)])
+def test_budget_is_an_amount_of_memory(text, mib, monkeypatch):
+    monkeypatch.setattr(plan, "limit_mib", lambda: 5000.0)
+    monkeypatch.setattr(plan, "in_use_mib", lambda: 1500.0)
+    got = plan.budget(text)
+    assert abs(got.total_mib - mib) < 1e-6 and got.free_mib == min(got.total_mib, 3500)
+
+
+def test_no_budget_is_what_the_machine_has_left(monkeypatch):
+    monkeypatch.setattr(plan, "limit_mib", lambda: 5000.0)
+    monkeypatch.setattr(plan, "in_use_mib", lambda: 1500.0)
+    assert plan.budget("").free_mib == 3500
+    monkeypatch.setattr(plan, "limit_mib", lambda: None)
+    assert plan.budget("").free_mib == float("inf") and plan.budget("1MiB").free_mib == 1
+
+
+@pytest.mark.parametrize("text", ["4 potatoes", "-1GB", "0", "0.0GB", "GB", "1e3MB", "4 GB of it"])
+def test_budget_refuses_and_names_what_to_type(text):
+    with pytest.raises(UsageError, match="--budget: .*such as 4GB"):
+        plan.budget(text)
+
+
+def test_choose_takes_the_first_that_fits():
+    notches = plan.ladder(config())
+    predicted = [{"runtime libraries": 100.0, "weights": 300.0 - 20 * i, "loader": 30.0} for i in range(len(notches))]
+    free = plan.peak(predicted[2]) * plan.MARGIN
+    assert plan.choose(notches, predicted, plan.Budget("1GB", free, 0, free)) == 2
+    assert plan.choose(notches, predicted, plan.Budget("1GB", free, 0, free), first=4) == 4
+    assert plan.choose(notches, predicted, plan.Budget("1GB", free - 0.1, 0, free - 0.1)) == 3
+    with pytest.raises(OverBudget) as error:
+        plan.choose(notches, predicted, plan.Budget("9MB", 9, 0, 9))
+    assert error.value.exit_code == 3
+    least = memory.parse_bytes(re.search(r"--budget (\d+MB)$", str(error.value)).group(1)) / plan.MIB
+    assert plan.choose(notches, predicted, plan.Budget("", least, 0, least)) == len(notches) - 1
+    with pytest.raises(OverBudget):
+        plan.choose(notches, predicted, plan.Budget("", least - 4, 0, least - 4))
+
+
+def test_no_notch_left_is_another_reason():
+    """All estimates fit, but training took more."""
+    notches = plan.ladder(config())
+    with pytest.raises(OverBudget) as error:
+        plan.choose(notches, [{"loader": 1, "runtime libraries": 300}] * len(notches), plan.Budget("", 1e4, 1e3, 9e3),
+                    first=len(notches))
+    assert "smallest budget" not in str(error.value)
+
+
+def test_no_budget_helps_a_machine_that_is_too_small():
+    with pytest.raises(OverBudget) as error:
+        plan.choose(plan.ladder(config()), [{"loader": 1, "runtime libraries": 9e3}] * 9, plan.Budget("", 500, 400, 9))
+    assert "--budget" not in str(error.value)
+
+
+def test_images_are_read_before_the_net_is_there():
+    assert plan.peak({"runtime libraries": 100, "weights": 50, "loader": 20}) == 150
+    assert plan.peak({"runtime libraries": 100, "weights": 50, "loader": 80}) == 180
+
+
+def estimate(notch=0, tile_px=0, headers=((256, 256, True),), **change):
+    return plan.estimates(config(**change), 1, tile_px, list(headers))[notch]
+
+
+def test_estimate_grows_with_what_takes_memory():
+    base = estimate(patch=128, micro_batch=2)
+    for larger in ({"width": 16}, {"micro_batch": 4}, {"patch": 192}):
+        assert plan.peak(estimate(**dict({"patch": 128, "micro_batch": 2}, **larger))) > plan.peak(base) + 1, larger
+    whole = plan.estimates(config(mode="full", width=16), 1, 512 * 512, [(512, 512, True)])
+    rungs = plan.ladder(config(mode="full", width=16))
+    at = [n.recompute for n in rungs].index(True)
+    assert whole[at]["activations"] < 0.8 * whole[at - 1]["activations"]
+    assert estimate(headers=((9000, 9000, False),))["loader"] > 9000 * 9000 * 8 / plan.MIB - 1
+
+
+def test_each_notch_takes_less():
+    """But for one: torch 1.10 convolves a single tile in another way, which keeps more than two tiles do."""
+    peaks = [plan.peak(owners) for owners in plan.estimates(config(), 1, 0, [(256, 256, True)])]
+    rises = [after - before for before, after in zip(peaks, peaks[1:]) if after > before]
+    assert len(peaks) == len(plan.ladder(config())) and len(rises) <= (1 if torch.__version__ < "2" else 0)
+    assert peaks[-1] == min(peaks) and peaks[0] == max(peaks)
+
+
+def test_apart_brings_back_values_and_errors():
+    assert plan.apart(lambda unseen: {"a": [1, 2.5], "b": unseen >= 0 or unseen}) == {"a": [1, 2.5], "b": True}
+    with pytest.raises(RuntimeError, match="UsageError: no such thing"):
+        plan.apart(lambda unseen: (_ for _ in ()).throw(UsageError("no such thing")))
+    assert plan.apart(lambda unseen: os.kill(os.getpid(), signal.SIGKILL)) is None
+    before = memory.rss_mib()
+    assert plan.apart(lambda unseen: [np.ones(200 << 17), memory.rss_mib()][1]) > 200
+    assert abs(memory.rss_mib() - before) < 5
+
+
+def test_an_estimate_that_the_kernel_kills_is_over_budget(monkeypatch):
+    """Or anything else with a documented exit code; not a bug report."""
+    monkeypatch.setattr(plan, "Look", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises((OverBudget, MemoryError)):
+        plan.choose(plan.ladder(config()), plan.estimates(config(), 1, 0, [(9, 9, True)]), plan.Budget("", 1e6, 0, 1e6))
+
+
+def peaks_of(text):
+    """{levers: MiB} of a printed plan, and the owners' lines as {owner: MiB}."""
+    rungs = re.findall(r"^>?\s*\d+\s+(\d+)   (micro-batch .*)$", text, re.M)
+    owners = re.findall(r"^(\S.{19}) +(\d+)$", text[text.index("owner of memory"):], re.M)
+    return {words: int(mib) for mib, words in rungs}, {owner.strip(): int(mib) for owner, mib in owners}
+
+
+def test_plan_only_prints(tmp_path):
+    done = command("train_lite", "--plan", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(str(tmp_path)) == []
+    rungs, owners = peaks_of(done.stdout)
+    assert len(rungs) >= 6 and done.stdout.count("\n>") == 1
+    training = sum(mib for owner, mib in owners.items() if owner not in ("peak", "loader"))
+    assert abs(training - owners["peak"]) <= 4 and owners["peak"] == max(rungs.values())
+    data = write_set(tmp_path / "set", count=3)
+    done = command("train_lite", "--plan", "--data", data, "--budget", "4GB", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0 and "micro-batch 8" in done.stdout, done.stderr
+    assert sorted(os.listdir(str(tmp_path))) == ["set"] and sorted(os.listdir(data)) == ["images", "masks"]
+
+
+@pytest.mark.slow
+def test_the_smallest_budget_named_is_the_smallest(tmp_path):
+    done = command("train_lite", "--plan", "--budget", "50MB", *SMALL, cwd=tmp_path)
+    assert done.returncode == 3 and done.stdout == "", done.stderr
+    least = int(re.search(r"--budget (\d+)MB\s*$", done.stderr).group(1))
+    for _ in range(3):
+        done = command("train_lite", "--plan", "--budget", "%dMB" % least, *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert command("train_lite", "--plan", "--budget", "%dMB" % (least - 12), *SMALL, cwd=tmp_path).returncode == 3
+    assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("words, answer", [
+    (("--budget", "4 potatoes"), "such as 4GB"), (("--budget=-1GB",), "such as 4GB"),
+    (("--budget", "0"), "such as 4GB"), (("--recompute", "--norm", "batch"), "leave one out")])
+def test_wrong_usage(words, answer, tmp_path):
+    done = command("train_lite", "--plan", *words + SMALL, cwd=tmp_path)
+    assert done.returncode == 2 and answer in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder of the runs `free` and `tight`; budget of the latter, a bit less than the first took; its output)."""
+    folder = tmp_path_factory.mktemp("plan")
+    words = ("--data", write_set(folder / "set", 4, 160, 200), "--gradient", "exact", "--epochs", 1, "--out", "runs",
+             "--micro-batch", 8, "--res", 256) + SMALL[2:]
+    done = command("train_lite", "--name", "free", "--budget", "4GB", *words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    taken = int(re.search(r"one chunk measured: (\d+) MiB", done.stderr).group(1))
+    budget = taken * plan.MARGIN - 15
+    done = command("train_lite", "--name", "tight", "--budget", "%.0fMiB" % budget, *words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs", budget, done.stderr
+
+
+@pytest.mark.slow
+def test_a_tight_budget_keeps_the_gradients(runs):
+    folder, _budget, _text = runs
+    levers = json.loads((folder / "tight" / "config.json").read_text())
+    assert levers["micro_batch"] < 8 and (levers["optimizer"], levers["patch"]) == ("adamw", 64)
+    a, b = (checkpoint.read(str(folder / name / "last.safetensors"))[0] for name in ("free", "tight"))
+    for name in (name for name in b if name.startswith("net.")):
+        assert np.linalg.norm(a[name] - b[name]) <= 1e-4 * np.linalg.norm(b[name]), name
+
+
+@pytest.mark.slow
+def test_the_prediction_and_the_budget_hold(runs):
+    folder, budget, text = runs
+    with open(str(folder / "tight" / "metrics.csv")) as handle:
+        measured = max(float(row["peak_mib"]) for row in csv.DictReader(handle))
+    kept = json.loads((folder / "tight" / "config.json").read_text())
+    levers = plan.Levers(*[kept[name] for name in plan.Levers._fields])
+    predicted = peaks_of(text)[0][levers.words()] - plan.SUPERVISOR_MIB
+    assert abs(measured - predicted) < 0.15 * predicted, (measured, predicted)
+    assert measured + plan.SUPERVISOR_MIB <= budget
+
+
+V1 = {"/proc/self/cgroup": "9:name=systemd:/\n4:memory:/a/b\n1:cpu,cpuacct:/\n0::/\n",
+      "/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "419430400\n",
+      "/sys/fs/cgroup/memory/a/memory.limit_in_bytes": "9223372036854771712\n",
+      "/sys/fs/cgroup/memory/a/b/memory.stat": "rss 1\ntotal_cache 999999999\ntotal_rss 209715200\n",
+      "/sys/fs/cgroup/memory/a/b/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"}
+V2 = {"/proc/self/cgroup": "0::/x\n", "/sys/fs/cgroup/x/memory.max": "419430400\n", "/sys/fs/cgroup/x/memory.stat":
+      "anon 209715200\nfile 999999999\n", "/sys/fs/cgroup/x/memory.events": "low 0\noom 4\noom_kill 3\n"}
+MACHINE = {"/proc/meminfo": "MemTotal: 1024000 kB\nMemFree: 9 kB\nMemAvailable: 512000 kB\n",
+           "/proc/self/status": "VmHWM: 204800 kB\nVmRSS: 102400 kB\n", "/proc/vmstat": "nr_free_pages 9\noom_kill 5\n"}
+
+
+@pytest.mark.parametrize("group, limit, used, kills", [
+    (V1, 400, 100, {"/sys/fs/cgroup/memory/a/b": 3, "/sys/fs/cgroup/memory/a": 0, "machine": 5}),
+    (V2, 400, 100, {"/sys/fs/cgroup/x": 3, "machine": 5}), ({}, 1000, 400, {"machine": 5})])
+def test_memory_as_the_kernel_says_it(group, limit, used, kills, monkeypatch):
+    files = dict(MACHINE, **group)
+    monkeypatch.setattr(memory, "read_text", lambda path: files.get(path, ""))
+    assert memory.limit_mib() == limit and memory.in_use_mib() == used and memory.oom_kills() == kills
+    assert memory.rss_mib() == 100 and memory.peak_rss_mib() == 200
+    files = {}
+    assert (memory.limit_mib(), memory.in_use_mib(), memory.oom_kills(), memory.rss_mib()) == (None, None, {}, None)

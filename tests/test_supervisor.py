@@ -1,0 +1,241 @@
+"""`python -m train_lite` looks after the training in a child: it passes on how it ended, or goes on where it died."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, command, write_set
+from jetson.memory import field_mib, read_text
+from train_lite import __main__ as supervisor
+from train_lite import checkpoint
+
+EPOCHS, STEPS = 2, 2 * 4 * 4  # 4 images to train on, --inner 4
+
+# Becomes the child's sitecustomize. COUNT: starts of a training so far, of which this is one; at(): what a step does.
+HOOK = """
+import os, signal
+if b"train_lite.run" in open("/proc/self/cmdline", "rb").read():
+    with open(%(starts)r, "a") as handle:
+        handle.write("x")
+    COUNT = os.path.getsize(%(starts)r)
+    def no_memory(*_args, **_more):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    def die(*_args, **_more):
+        os.kill(os.getpid(), signal.SIGKILL)
+    def at(number, act):
+        from train_lite import loop
+        real = loop.step
+        def step(problem, run, state, gradient, loss):
+            if state.step + 1 == number:
+                act()
+            return real(problem, run, state, gradient, loss)
+        loop.step = step
+    %(code)s
+"""
+
+
+def start(folder, *words, hook="", within=()):
+    """The command in the background; its output goes to folder/output.txt. hook: a line of code for the child;
+    within: a command that starts the command."""
+    (folder / "hook").mkdir(exist_ok=True)
+    (folder / "hook" / "sitecustomize.py").write_text(HOOK % {"starts": str(folder / "starts"), "code": hook or "pass"})
+    if (folder / "starts").exists():
+        (folder / "starts").unlink()
+    env = dict(os.environ, PYTHONPATH=str(folder / "hook") + os.pathsep + ROOT, OMP_NUM_THREADS="1")
+    with open(str(folder / "output.txt"), "wb") as output:
+        words = list(within) + [sys.executable, "-m", "train_lite"] + [str(word) for word in words]
+        return subprocess.Popen(words, cwd=str(folder), env=env, stdout=output, stderr=subprocess.STDOUT)
+
+
+def ended(folder, process, timeout=120):
+    """(exit code, output, number of trainings started). A supervisor that does not end is stopped."""
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        pytest.fail("still running after %d s: %s" % (timeout, (folder / "output.txt").read_text()[-2000:]))
+    return code, (folder / "output.txt").read_text(), os.path.getsize(str(folder / "starts"))
+
+
+def new_run(name, *more):
+    return ("--data", "set", "--res", 128, "--patch", 64, "--overlap", 8, "--width", 4, "--patches", 2, "--inner", 4,
+            "--epochs", EPOCHS, "--threads", 1, "--save-every", 0, "--out", "runs", "--name", name) + more
+
+
+def logged(folder, name):
+    return [json.loads(line) for line in read_text(str(folder / "runs" / name / "log.jsonl")).splitlines(True)
+            if line.endswith("\n")]
+
+
+def child_at(folder, name, step, process):
+    """The pid of the training of a run, once it has logged `step` steps."""
+    deadline = time.time() + 120
+    while len(logged(folder, name)) < step:
+        assert process.poll() is None and time.time() < deadline, (folder / "output.txt").read_text()
+        time.sleep(0.01)
+    return int((folder / "runs" / name / "lock").read_text())
+
+
+def micro_batch(folder, name):
+    return json.loads((folder / "runs" / name / "config.json").read_text())["micro_batch"]
+
+
+def tensors(folder, name):
+    return checkpoint.read(str(folder / "runs" / name / "last.safetensors"))[0]
+
+
+def assert_same(folder, name, reference="reference"):
+    a, b = tensors(folder, name), tensors(folder, reference)
+    assert sorted(a) == sorted(b) and len(a) > 10
+    assert all(a[key].tobytes() == b[key].tobytes() for key in b)
+    assert logged(folder, name) == logged(folder, reference) and len(logged(folder, name)) == STEPS
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a set and an undisturbed run `reference`."""
+    folder = tmp_path_factory.mktemp("supervisor")
+    write_set(folder / "set", count=5, height=128, width=120)
+    code, text, starts = ended(folder, start(folder, *new_run("reference")))
+    assert code == 0 and starts == 1, text
+    return folder
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(stop, place):
+    """Also: the parent holds neither torch nor numpy, and next to no memory."""
+    name = "stopped-%d" % stop
+    process = start(place, *new_run(name))
+    child = child_at(place, name, 5, process)
+    assert child != process.pid and "libtorch" in read_text("/proc/%d/maps" % child)
+    maps = read_text("/proc/%d/maps" % process.pid)
+    assert "libc" in maps and not re.search("torch|numpy|openblas", maps)
+    assert field_mib(read_text("/proc/%d/status" % process.pid), "VmRSS") < 30
+    process.send_signal(stop)
+    code, text, starts = ended(place, process)
+    assert code == 130 and starts == 1 and "Traceback" not in text, text
+    assert "python -m train_lite --resume runs/%s" % name in text
+    code, text, _starts = ended(place, start(place, "--resume", "runs/" + name))
+    assert code == 0, text
+    assert_same(place, name)
+
+
+def test_exit_codes_of_the_child_pass_through(place):
+    write_set(place / "broken", count=3)
+    (place / "broken" / "images" / "01.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    for words, want in ((("--width", 3), 2), (("--resume", "nowhere"), 2), (("--data", "broken", "--out", "runs"), 5),
+                        (("--data", "absent"), None), (new_run("reference"), 2)):
+        done = command("train_lite", *words, cwd=place)
+        theirs = command("train_lite.run", *words, cwd=place)
+        assert done.returncode == theirs.returncode in (2, 5), (words, done.stderr)
+        assert "error: " in done.stderr and done.stderr.splitlines()[-1] == theirs.stderr.splitlines()[-1]
+        assert want in (None, done.returncode)
+
+
+def test_a_killed_child_is_started_again(place):
+    process = start(place, *new_run("killed"))
+    os.kill(child_at(place, "killed", 6, process), signal.SIGKILL)
+    code, text, starts = ended(place, process)
+    assert code == 0 and starts == 2, text
+    assert "the training was killed; going on from its last checkpoint\n" in text and "smaller" not in text
+    assert micro_batch(place, "killed") == micro_batch(place, "reference")
+    assert_same(place, "killed")
+
+
+def test_the_folder_of_a_child_is_not_the_link(place, monkeypatch):
+    """In whatever order the file system lists them."""
+    (place / "few" / "ours").mkdir(parents=True)
+    (place / "few" / "ours" / "lock").write_text("77")
+    (place / "few" / "last").symlink_to("ours")
+    real, found = supervisor.glob.glob, []
+    for backwards in (False, True):
+        monkeypatch.setattr(supervisor.glob, "glob", lambda pattern: sorted(real(pattern), reverse=backwards))
+        found.append(os.path.basename(supervisor._folder_of(str(place / "few"), 77)))
+    assert found == ["ours", "ours"]
+
+
+def test_a_killed_supervisor_takes_its_child_with_it(place):
+    process = start(place, *new_run("orphan"))
+    child = child_at(place, "orphan", 5, process)
+    process.kill()
+    process.wait()
+    deadline = time.time() + 2
+    while re.search(r"^State:\s+[^Z]", read_text("/proc/%d/status" % child), re.M):
+        assert time.time() < deadline, "the training goes on without its supervisor"
+        time.sleep(0.02)
+    code, text, _starts = ended(place, start(place, "--resume", "runs/orphan"))
+    assert code == 0, text
+    assert_same(place, "orphan")
+
+
+def test_out_of_memory_goes_on_one_notch_smaller(place):
+    code, text, starts = ended(place, start(place, *new_run("short"), hook="if COUNT == 1: at(7, no_memory)"))
+    assert code == 0 and starts == 2, text
+    assert "ran out of memory; going on from its last checkpoint, one notch smaller" in text
+    assert micro_batch(place, "reference") == 8 and micro_batch(place, "short") == 4
+    ours, theirs = logged(place, "short"), logged(place, "reference")
+    assert all(a[key] == b[key] for a, b in zip(ours, theirs) for key in ("step", "epoch", "lr"))
+    assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
+    assert np.allclose([row["loss"] for row in ours], [row["loss"] for row in theirs], rtol=1e-3)  # the same patches
+
+
+@pytest.mark.slow
+def test_when_every_notch_fails_it_says_so(place):
+    """micro-batch 2, 1, tight, adamw8: four starts, and a fifth that finds nothing smaller."""
+    process = start(place, *new_run("never", "--micro-batch", 2), hook="at(1, no_memory)")
+    code, text, starts = ended(place, process)
+    assert code == 3 and starts == 5, text
+    assert text.count("one notch smaller") == 4 and "Traceback" not in text
+    assert text.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_gives_up(place):
+    code, text, starts = ended(place, start(place, *new_run("fruitless"), hook="at(1, die)"))
+    assert code == 3 and starts == supervisor.FRUITLESS + 1, text
+    assert "without getting further" in text and "--resume runs/" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["die", "no_memory"])
+def test_dead_before_there_is_a_run_it_gives_up(fault, place):
+    hook = "from train_lite import dataset; dataset.find_pairs = %s" % fault
+    process = start(place, *new_run("early-" + fault, "--micro-batch", 2), hook=hook)
+    code, text, starts = ended(place, process, timeout=100)
+    assert code == 3 and starts <= 6, text
+    assert not re.search(r"--resume\s*$", text), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["die", "no_memory"])
+def test_a_resumed_run_that_fails_at_once_gives_up(fault, place):
+    """Before its config.json holds the smaller levers."""
+    name = "again-" + fault
+    process = start(place, *new_run(name))
+    os.kill(child_at(place, name, 3, process), signal.SIGINT)
+    assert ended(place, process)[0] == 130
+    hook = "from train_lite import state; state.Problem = %s" % fault
+    code, text, starts = ended(place, start(place, "--resume", "runs/" + name, hook=hook), timeout=100)
+    assert code == 3 and starts <= 8, text
+
+
+@pytest.mark.slow
+def test_killed_by_the_kernel_goes_on_one_notch_smaller(place):
+    """The first training takes 900 MiB at its seventh step, in a control group of 700 MiB."""
+    group = [sys.executable, os.path.join(ROOT, "scripts", "nano-sim"), "--memory", "700MiB", "--swap", "0"]
+    tried = subprocess.run(group + ["true"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if tried.returncode:
+        pytest.skip("no memory control groups here: %s" % tried.stdout.decode().strip())
+    hook = "if COUNT == 1: at(7, lambda: [bytearray(b'x' * (1 << 20)) for _ in range(900)])"
+    code, text, starts = ended(place, start(place, *new_run("kernel"), hook=hook, within=group))
+    assert code == 0 and starts == 2, text
+    assert "was killed by the kernel, for want of memory; going on from its last checkpoint, one notch smaller" in text
+    assert re.search(r"[1-9]\d* kernel kills", text) and micro_batch(place, "kernel") == 4
+    assert [row["step"] for row in logged(place, "kernel")] == list(range(1, STEPS + 1))
