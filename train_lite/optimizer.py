@@ -60,6 +60,7 @@ class Optimizer:
         """Take over from a checkpoint: a dict of moments per parameter, in order, written by either AdamW."""
         self.steps = steps
         for parameter, moment in zip(self.net.parameters(), moments):
+            moment = {key: value.to(parameter.device) for key, value in moment.items()}
             self.moments[parameter] = self._form(parameter, moment)
 
     def _codes(self, parameter):

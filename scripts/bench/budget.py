@@ -29,9 +29,11 @@ SUPERVISOR_MIB = 14
 
 
 def cases(count):
-    """`count` of the 60 combinations, spread evenly, the same ones every time."""
-    every = [(b, s, n) for s, n, b in itertools.product(SIDES, NETS, BUDGETS)]
-    return [every[i * len(every) // count] for i in range(count)]
+    """`count` of the 60 combinations: 30 hold every side with every net twice, and every budget with all of them."""
+    groups = list(itertools.product(SIDES, NETS))
+    every = [(BUDGETS[(2 * turn + index) % 4], side, net) for turn in range(2) for index, (side, net) in enumerate(groups)]
+    every += [(BUDGETS[(2 * turn + index + 1) % 4], side, net) for turn in range(2) for index, (side, net) in enumerate(groups)]
+    return sorted(every[:count], key=lambda case: (case[1], case[2], case[0]))
 
 
 def data(work, side):
