@@ -236,6 +236,7 @@ MACHINE = {"/proc/meminfo": "MemTotal: 1024000 kB\nMemFree: 9 kB\nMemAvailable: 
 def test_memory_as_the_kernel_says_it(group, limit, used, kills, monkeypatch):
     files = dict(MACHINE, **group)
     monkeypatch.setattr(memory, "read_text", lambda path: files.get(path, ""))
+    monkeypatch.setattr(memory, "_before_reset", [0.0])  # this process has trained, and its peak been reset
     assert memory.limit_mib() == limit and memory.in_use_mib() == used and memory.oom_kills() == kills
     assert memory.rss_mib() == 100 and memory.peak_rss_mib() == 200
     files = {}

@@ -173,7 +173,8 @@ def test_signals_are_passed_on(tmp_path, number, code):
                              "except KeyboardInterrupt:\n    sys.exit(7)\n")
     words = [sys.executable, "-m", "jetson", "profile", "--out", "out", "--"] + words
     started = subprocess.Popen(words, cwd=str(tmp_path), stderr=subprocess.PIPE,
-                               env=dict(os.environ, PYTHONPATH=ROOT))
+                               env=dict(os.environ, PYTHONPATH=ROOT),
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored under nohup
     while not (tmp_path / "ready").exists():
         assert started.poll() is None
         time.sleep(0.02)
@@ -207,9 +208,10 @@ def test_a_full_disk_ends_the_watch_not_the_command(tmp_path):
             if self.written > 2:
                 raise OSError(errno.ENOSPC, "full")
 
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(OSError, match="full"):
         profile.run(["sh", "-c", "sleep 0.3; touch %s/done" % tmp_path], 0.02, Full())
-    assert (tmp_path / "done").exists() and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert (tmp_path / "done").exists() and signal.getsignal(signal.SIGINT) == before
 
 
 def test_no_pillow_no_picture(tmp_path, monkeypatch, capfd):

@@ -57,7 +57,8 @@ def _run(words):
 
     child = subprocess.Popen([sys.executable, "-m", "train_lite.run"] + words, preexec_fn=prepare)
     before = [(number, signal.signal(number, lambda got, _frame: child.send_signal(got)))
-              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # ignored: nohup
     try:
         return child.pid, child.wait()
     finally:

@@ -14,8 +14,8 @@ from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check,
 from train_lite.runfolder import RunFolder
 
 OWN_WORDS = ("--resume", "--json", "--debug", "--smaller")  # of a command that goes on with a run
-OUT_OF_MEMORY = ("out of memory", "memoryerror", "unable to allocate", "can't allocate memory", "cannot allocate memory", "cudnn_status_alloc_failed",
-                 "cublas_status_alloc_failed", "nvmapmemalloc", "defaultcpuallocator")
+OUT_OF_MEMORY = ("out of memory", "memoryerror", "unable to allocate", "can't allocate memory", "cannot allocate memory",
+                 "cudnn_status_alloc_failed", "cublas_status_alloc_failed", "nvmapmemalloc", "defaultcpuallocator")
 
 
 @guarded
