@@ -105,6 +105,15 @@ def written(path, mode="w", **options):
             os.remove(part)
 
 
+def sync_folder(folder):
+    """What a folder lists reaches the disk; else a power cut could bring the old list back."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def say(text):
     """A line for the person at the terminal: stderr, so that stdout holds results only."""
     sys.stderr.write(text + "\n")

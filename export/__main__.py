@@ -26,8 +26,8 @@ HELPS = {
     "source": "a run folder (runs/train/last) or one of its checkpoints",
     "out": "the file to write, ending in .onnx; further stages and the contract go beside it. None given: SOURCE/model.onnx",
     "tile_batch": "tiles that go through the net together",
-    "tolerance": "largest difference of a score from the trained net's, of scores up to 10; larger ones may differ in proportion. Beyond it "
-                 "nothing is written (exit code 4)",
+    "tolerance": "largest difference of a score from the trained net's, of scores up to 10; larger ones may differ in "
+                 "proportion. Beyond it nothing is written (exit code 4)",
     "frames": "image, folder or glob to compare on; none given: the run's validation images",
     "json": "print one JSON object on stdout at the end",
     "debug": "show the traceback of an error",

@@ -155,28 +155,18 @@ def _pip(m):
     return verdict or ("ok", text, "")
 
 
-@check("numpy", "live")
-def _numpy(m):
-    text, verdict = _part(m, "numpy", "bad", PIP + ("numpy==1.19.4" if OLD else "numpy"))
-    return verdict or ("ok", text, "")
+def _package(name, module, status, wanted, why=""):
+    """A check that a package can be imported, and no more."""
+    @check(name, "live")
+    def one(m):
+        text, verdict = _part(m, module, status, PIP + wanted, why)
+        return verdict or ("ok", text, "")
 
 
-@check("Pillow", "live")
-def _pillow(m):
-    text, verdict = _part(m, "PIL", "bad", PIP + "pillow")
-    return verdict or ("ok", text, "")
-
-
-@check("ONNX Runtime", "live")
-def _onnxruntime(m):
-    text, verdict = _part(m, "onnxruntime", "warn", PIP + ("onnxruntime==1.10.0" if OLD else "onnxruntime"))
-    return verdict or ("ok", text, "")
-
-
-@check("onnx", "live")
-def _onnx(m):
-    text, verdict = _part(m, "onnx", "warn", PIP + ("onnx==1.11.0" if OLD else "onnx"), "only export needs it")
-    return verdict or ("ok", text, "")
+_package("numpy", "numpy", "bad", "numpy==1.19.4" if OLD else "numpy")
+_package("Pillow", "PIL", "bad", "pillow")
+_package("ONNX Runtime", "onnxruntime", "warn", "onnxruntime==1.10.0" if OLD else "onnxruntime")
+_package("onnx", "onnx", "warn", "onnx==1.11.0" if OLD else "onnx", "only export needs it")
 
 
 @check("torch", "live")

@@ -9,7 +9,7 @@ import stat
 import subprocess
 from typing import NamedTuple
 
-from edge.command import read_json
+from edge.command import read_json, sync_folder
 from edge.errors import BadFile
 
 FOLDER = "/var/lib/nanopatch"  # in the tree, as all paths in capitals
@@ -122,7 +122,7 @@ def put(path, state):
         if "mtime_ns" in state:
             os.utime(part, ns=(state["mtime_ns"], state["mtime_ns"]), follow_symlinks=False)
         os.replace(part, path)
-    settle(os.path.dirname(path))
+    sync_folder(os.path.dirname(path))
 
 
 def rewrite(path, data):
@@ -138,15 +138,6 @@ def clear(path):
             os.rmdir(path)
     elif os.path.lexists(path):
         os.remove(path)
-
-
-def settle(folder):
-    """What a folder lists reaches the disk; else a power cut could bring the old list back."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- commands of the system, for a tree that is live
@@ -218,7 +209,7 @@ def save(tree, journal):
         {"kind": "file", "mode": 0o600, "content": packed((json.dumps(journal, indent=1) + "\n").encode())})
     if fresh:
         os.rename(folder + PART, folder)
-        settle(os.path.dirname(folder))
+        sync_folder(os.path.dirname(folder))
 
 
 def forget(tree, journal):

@@ -71,21 +71,26 @@ def limit_mib():
     return min([mib for _folder, mib in _groups()] + ([] if total is None else [total]), default=None)
 
 
-def _groups():
-    """(folder, limit in MiB) of this process's memory control group and all above it that have a limit."""
+def control_groups(process="self", root="/"):
+    """The memory control group of a process and all above it, the nearest first: list of (version 1 or 2, folder)."""
     found = []
-    for line in read_text("/proc/self/cgroup").splitlines():
-        _number, kinds, group = line.split(":", 2)
+    for line in read_text(os.path.join(root, "proc", str(process), "cgroup")).splitlines():
+        kinds, _, group = line.partition(":")[2].partition(":")
         if kinds and "memory" not in kinds.split(","):
             continue
-        top, name = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if kinds else ("/sys/fs/cgroup", "memory.max")
+        top = "/sys/fs/cgroup/memory" if kinds else "/sys/fs/cgroup"
         folder = os.path.normpath(top + "/" + group)
         while len(folder) >= len(top):
-            text = read_text(os.path.join(folder, name)).strip()
-            if text.isdigit():
-                found.append((folder, int(text) / 2.0 ** 20))
+            found.append((1 if kinds else 2, folder))
             folder = os.path.dirname(folder)
     return found
+
+
+def _groups():
+    """(folder, limit in MiB) of those of our control groups that have a limit."""
+    read = [(folder, read_text(folder + ("/memory.limit_in_bytes" if version == 1 else "/memory.max")).strip())
+            for version, folder in control_groups()]
+    return [(folder, int(text) / 2.0 ** 20) for folder, text in read if text.isdigit()]
 
 
 def in_use_mib():

@@ -116,18 +116,11 @@ def gpu_clients(root="/"):
 def group_peak(pid, root="/"):
     """(file, MiB): the kernel's peak of the memory control group that a process is in, or of the nearest above that has
     one; page cache and whatever else ran there counted. None without."""
-    for line in memory.read_text(os.path.join(root, "proc", str(pid), "cgroup")).splitlines():
-        kinds, _, group = line.partition(":")[2].partition(":")
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        top = "/sys/fs/cgroup/memory" if kinds else "/sys/fs/cgroup"
-        folder = os.path.normpath(top + "/" + group)
-        while folder.startswith(top):
-            path = folder + ("/memory.max_usage_in_bytes" if kinds else "/memory.peak")
-            size = board.integer(board.line(root, path))
-            if size is not None:
-                return path, size / 2.0 ** 20
-            folder = os.path.dirname(folder)
+    for version, folder in memory.control_groups(pid, root):
+        path = folder + ("/memory.max_usage_in_bytes" if version == 1 else "/memory.peak")
+        size = board.integer(board.line(root, path))
+        if size is not None:
+            return path, size / 2.0 ** 20
     return None
 
 

@@ -7,10 +7,10 @@ import os
 import re
 import struct
 
-from edge.command import say
+from edge.command import say, sync_folder
 from edge.errors import BadFile, UsageError
 from jetson.journal import (DONE, PART, TO_DO, UNITS, Step, call, clear, content, inside, listed, packed, put, remember,
-                            rewrite, settle, state_of, unit, unpacked)
+                            rewrite, state_of, unit, unpacked)
 from jetson.memory import parse_bytes, read_text
 
 SWAP_FILE = "/mnt/nanopatch.swap"
@@ -173,7 +173,7 @@ def make_swap(path, size, zeros=False):
             os.pwrite(file.fileno(), head, 0)
             os.fsync(file.fileno())
         os.replace(part, path)
-        settle(os.path.dirname(path))
+        sync_folder(os.path.dirname(path))
     except OSError as exc:
         exc.filename = exc.filename or path  # a failed write() does not know its file
         raise

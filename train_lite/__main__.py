@@ -30,7 +30,8 @@ def main(argv):
             return code if code >= 0 else 128 - code
         folder = folder or _folder_of(config.out, pid)
         short = code == RETRY_SMALLER or not kills or oom_kills() != kills
-        fruitless, progress = (fruitless + 1, progress) if _saved(folder) == progress else (1, _saved(folder))
+        saved = _saved(folder)
+        fruitless, progress = fruitless + 1 if saved == progress else 1, saved
         if fruitless > (FRUITLESS_SHORT if short else FRUITLESS):
             raise OverBudget("the training %s %d times without getting further. %s" % (
                 "ran out of memory" if short else "was killed", fruitless,

@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 
-from edge.command import say, written
+from edge.command import say, sync_folder, written
 from edge.errors import BadFile, UsageError
 
 DTYPES = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I8": np.int8,
@@ -47,7 +47,7 @@ def write(path, tensors, meta):
         os.fsync(handle.fileno())
         if os.path.exists(path):
             os.replace(path, previous(path))
-    _sync_folder(os.path.dirname(os.path.abspath(path)))
+    sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
 def previous(path):
@@ -59,14 +59,6 @@ def previous(path):
 def exists(path):
     """Whether `path` or its older generation is there."""
     return os.path.exists(path) or os.path.exists(previous(path))
-
-
-def _sync_folder(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read(path, ours=True):

@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 from edge.errors import UsageError
 
+SUPERVISOR_MIB = 14  # what the supervisor holds beside the training
 RETRY_SMALLER = 75  # exit code between train_lite.run and its supervisor: out of memory, go on one notch smaller
 
 

@@ -13,7 +13,7 @@ import torch
 from edge.errors import OverBudget, UsageError
 from jetson import phases
 from jetson.memory import in_use_mib, limit_mib, parse_bytes, peak_rss_mib, reset_peak, rss_mib
-from train_lite.config import micro_batch, mode_settings
+from train_lite.config import SUPERVISOR_MIB, micro_batch, mode_settings
 from train_lite.gradient import SumTable
 from train_lite.losses import SegmentationLoss
 from train_lite.models import FEATURES, build
@@ -23,7 +23,6 @@ from train_lite.optimizer import STATE_BYTES
 MIB = 2.0 ** 20
 PROBE_PX = 64       # side of the tile whose activations are counted
 MARGIN = 1.05       # a plan must fit with this much to spare: the kernel's page tables, and what two processes differ by
-SUPERVISOR_MIB = 14
 LEAST_PATCH = 64    # px; smaller patches lose the objects that they cut
 TIGHT_BYTES = 1 << 20
 
@@ -178,13 +177,14 @@ def choose(notches, predicted, allowed, first=0):
     if first >= len(notches):
         raise OverBudget("training took more than the %.0f MiB that are free in each of its ways, down to %s. Take a smaller "
                          "--width or --patch, or close other programs" % (allowed.free_mib, notches[-1].words()))
-    needs = "training needs %.0f MiB at the least (%s)" % (min(map(peak, predicted)) * MARGIN, notches[-1].words())
+    least = min(map(peak, predicted))
+    needs = "training needs %.0f MiB at the least (%s)" % (least * MARGIN, notches[-1].words())
     if not allowed.asked:
         raise OverBudget("%s; this machine has %.0f MiB free. Close other programs, or take a smaller --width or --patch"
                          % (needs, allowed.free_mib))
-    least = (min(map(peak, predicted)) + 2) * MARGIN + allowed.total_mib - allowed.free_mib  # 2: as two processes differ
+    board = (least + 2) * MARGIN + allowed.total_mib - allowed.free_mib  # 2: as two processes differ
     raise OverBudget("%s; --budget %s leaves %.0f MiB. The smallest budget that would do: --budget %dMB" % (
-        needs, allowed.asked, allowed.free_mib, math.ceil(least * MIB / 1e6)))
+        needs, allowed.asked, allowed.free_mib, math.ceil(board * MIB / 1e6)))
 
 
 def describe(notches, chosen, predicted, allowed):

@@ -30,6 +30,7 @@ def one_step(way, res, width, folder, steps, threads):
     from train_lite.state import Problem, State
     torch.set_num_threads(threads)
     config = TrainConfig(res=res, width=width, model="unet", epochs=1, augment=False, norm="group", freeze_at=1.0,
+                         recompute=way == "full-checkpointed",
                          mode="full" if way.startswith("full") else "patch",
                          gradient=way.split("-")[-1] if way.startswith("patch") else "exact")
     classes = dataset.read_classes(folder, config)
@@ -37,8 +38,6 @@ def one_step(way, res, width, folder, steps, threads):
     stored = store.ingest([pair], classes, config.fit, config.res, os.path.join(folder, "cache"), 16, config.patch, 0, [])
     problem = Problem(config, classes, stored, [], [], torch.device("cpu"))
     state = State(problem)
-    if way == "full-checkpointed":
-        _checkpoint_levels(state.net.encoder)
     gradient = problem.gradient(state.net)
     for _ in range(steps):
         batch, rng = problem.batch(0, 0)
@@ -52,22 +51,6 @@ def one_step(way, res, width, folder, steps, threads):
         seconds = time.time() - start
     assert all(np.isfinite(p.detach().numpy()).all() for p in state.net.parameters())
     print(json.dumps({"peak_mib": peak_rss_mib(), "seconds": seconds}))
-
-
-def _checkpoint_levels(unet):
-    """Recompute each level's block in the backward pass instead of keeping its activations."""
-    from torch.utils.checkpoint import checkpoint
-    for blocks in (unet.down, unet.merge):
-        for block in blocks:
-            plain = block.forward
-            # the first block's input needs no gradient; the old form of checkpoint would then give none at all
-            block.forward = lambda x, plain=plain: checkpoint(plain, x) if x.requires_grad else checkpoint(
-                lambda image, flag: plain(image), x, _flag())
-
-
-def _flag():
-    import torch
-    return torch.zeros(1, requires_grad=True)
 
 
 def main():
