@@ -12,11 +12,12 @@ import torch
 from conftest import command, write_set
 from edge.errors import OverBudget, UsageError
 from jetson import memory
-from train_lite import checkpoint, plan
+from train_lite import checkpoint, device, plan
 from train_lite.config import TrainConfig
 
 SMALL = ("--res", 128, "--patch", 64, "--width", 8, "--threads", 1)
-ORDER = {"optimizer": ("adamw", "adamw8", "sgd"), "tight": (False, True), "recompute": (False, True)}
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+ORDER = {"half": (False, True), "optimizer": ("adamw", "adamw8", "sgd"), "tight": (False, True), "recompute": (False, True)}
 
 
 def config(**change):
@@ -28,7 +29,7 @@ def config(**change):
     {"micro_batch": 1}, {"micro_batch": 7}, {"resume": "runs/x"}, {"recompute": True}, {"optimizer": "adamw8"}])
 def test_ladder_goes_down_one_change_at_a_time(change):
     start = config(**change)
-    notches = plan.ladder(start)
+    notches = plan.ladder(start, CPU)
     assert plan.apply(start, notches[0]) == start._replace(micro_batch=start.micro_batch or 8)
     for above, below in zip(notches, notches[1:]):
         changed, = [name for name in plan.Levers._fields if getattr(above, name) != getattr(below, name)]
@@ -41,30 +42,82 @@ def test_ladder_goes_down_one_change_at_a_time(change):
     assert notches[-1].recompute == (whole and start.norm != "batch" or start.recompute)
 
 
+def test_on_cuda_half_precision_comes_before_the_moments():
+    notches = plan.ladder(config(), GPU)
+    assert [n.half for n in notches].index(True) < [n.optimizer for n in notches].index("adamw8")
+    assert not any(n.tight for n in notches) and not any(n.half for n in plan.ladder(config(), CPU))
+
+
+def test_a_jetson_counts_host_and_gpu_together_and_a_card_for_itself(monkeypatch):
+    monkeypatch.setattr(device, "limit_mib", lambda: 3964.0)
+    monkeypatch.setattr(device, "in_use_mib", lambda: 500.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (6000 << 20, 8000 << 20), raising=False)
+    here = {}
+    for jetson in (True, False):
+        monkeypatch.setattr(device.board, "is_jetson", lambda: jetson)
+        here[jetson] = plan.budget("", GPU), plan.estimates(config(), 1, 0, [(256, 256, True)], GPU)
+    assert here[True][0][1:] == (3964.0, 500.0, 3464.0) and here[False][0][1:] == (8000.0, 2000.0, 6000.0)
+    assert here[True][1][0]["runtime libraries"] > device.JETSON_CUDA_MIB + 50
+    assert here[False][1][0]["runtime libraries"] == here[False][1][0]["loader"] == 0
+    first, halved = here[False][1][0], here[False][1][[n.half for n in plan.ladder(config(), GPU)].index(True)]
+    assert halved["activations"] < first["activations"] and halved["weights"] == 1.5 * first["weights"]
+    assert device.memory_mib(CPU) == (3964.0, 500.0)
+
+
+def test_what_a_gpu_holds_counts_on_a_jetson(monkeypatch):
+    """The pool's highest point, and what the driver has taken beside it since training came."""
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda of: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda of: 700 << 20)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda of: 400 << 20)
+    monkeypatch.setattr(device, "in_use_mib", lambda: 500.0 + 400 + 600)  # others, pool, context and libraries
+    monkeypatch.setattr(device, "peak_rss_mib", lambda since_reset: 250.0)
+    monkeypatch.setattr(device, "reset_peak", lambda: True)
+    monkeypatch.setattr(device.board, "is_jetson", lambda: True)
+    assert device.Peak(GPU, 500.0).mib() == 250 + 600 + 700
+    monkeypatch.setattr(device.board, "is_jetson", lambda: False)
+    assert device.Peak(GPU, 500.0).mib() == 700
+    monkeypatch.setattr(device, "reset_peak", lambda: False)
+    assert device.Peak(CPU, 0.0).mib() is None
+
+
+@pytest.mark.parametrize("exc, ours", [
+    (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried to allocate 2.00 MiB"), True), (ValueError("out of memory"), False),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True), (RuntimeError("NvMapMemAllocInternalTagged: 1 error 12"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True), (RuntimeError("shape mismatch"), False)])
+def test_words_for_memory_that_ran_out(exc, ours):
+    assert device.out_of_memory(exc) == ours
+
+
+def test_half_precision_is_refused_on_a_cpu(tmp_path):
+    done = command("train_lite", "--half", "--device", "cpu", *SMALL, cwd=tmp_path)
+    assert done.returncode == 2 and "--half needs a CUDA device" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("text, mib", [("4GB", 4e9 / 2 ** 20), ("512MiB", 512), ("1.5G", 1536), (" 64 k", 1 / 16)])
 def test_budget_is_an_amount_of_memory(text, mib, monkeypatch):
-    monkeypatch.setattr(plan, "limit_mib", lambda: 5000.0)
-    monkeypatch.setattr(plan, "in_use_mib", lambda: 1500.0)
-    got = plan.budget(text)
+    monkeypatch.setattr(device, "limit_mib", lambda: 5000.0)
+    monkeypatch.setattr(device, "in_use_mib", lambda: 1500.0)
+    got = plan.budget(text, CPU)
     assert abs(got.total_mib - mib) < 1e-6 and got.free_mib == min(got.total_mib, 3500)
 
 
 def test_no_budget_is_what_the_machine_has_left(monkeypatch):
-    monkeypatch.setattr(plan, "limit_mib", lambda: 5000.0)
-    monkeypatch.setattr(plan, "in_use_mib", lambda: 1500.0)
-    assert plan.budget("").free_mib == 3500
-    monkeypatch.setattr(plan, "limit_mib", lambda: None)
-    assert plan.budget("").free_mib == float("inf") and plan.budget("1MiB").free_mib == 1
+    monkeypatch.setattr(device, "limit_mib", lambda: 5000.0)
+    monkeypatch.setattr(device, "in_use_mib", lambda: 1500.0)
+    assert plan.budget("", CPU).free_mib == 3500
+    monkeypatch.setattr(device, "limit_mib", lambda: None)
+    assert plan.budget("", CPU).free_mib == float("inf") and plan.budget("1MiB", CPU).free_mib == 1
 
 
 @pytest.mark.parametrize("text", ["4 potatoes", "-1GB", "0", "0.0GB", "GB", "1e3MB", "4 GB of it"])
 def test_budget_refuses_and_names_what_to_type(text):
     with pytest.raises(UsageError, match="--budget: .*such as 4GB"):
-        plan.budget(text)
+        plan.budget(text, CPU)
 
 
 def test_choose_takes_the_first_that_fits():
-    notches = plan.ladder(config())
+    notches = plan.ladder(config(), CPU)
     predicted = [{"runtime libraries": 100.0, "weights": 300.0 - 20 * i, "loader": 30.0} for i in range(len(notches))]
     free = plan.peak(predicted[2]) * plan.MARGIN
     assert plan.choose(notches, predicted, plan.Budget("1GB", free, 0, free)) == 2
@@ -81,7 +134,7 @@ def test_choose_takes_the_first_that_fits():
 
 def test_no_notch_left_is_another_reason():
     """All estimates fit, but training took more."""
-    notches = plan.ladder(config())
+    notches = plan.ladder(config(), CPU)
     with pytest.raises(OverBudget) as error:
         plan.choose(notches, [{"loader": 1, "runtime libraries": 300}] * len(notches), plan.Budget("", 1e4, 1e3, 9e3),
                     first=len(notches))
@@ -90,7 +143,7 @@ def test_no_notch_left_is_another_reason():
 
 def test_no_budget_helps_a_machine_that_is_too_small():
     with pytest.raises(OverBudget) as error:
-        plan.choose(plan.ladder(config()), [{"loader": 1, "runtime libraries": 9e3}] * 9, plan.Budget("", 500, 400, 9))
+        plan.choose(plan.ladder(config(), CPU), [{"loader": 1, "runtime libraries": 9e3}] * 9, plan.Budget("", 500, 400, 9))
     assert "--budget" not in str(error.value)
 
 
@@ -100,15 +153,15 @@ def test_images_are_read_before_the_net_is_there():
 
 
 def estimate(notch=0, tile_px=0, headers=((256, 256, True),), **change):
-    return plan.estimates(config(**change), 1, tile_px, list(headers))[notch]
+    return plan.estimates(config(**change), 1, tile_px, list(headers), CPU)[notch]
 
 
 def test_estimate_grows_with_what_takes_memory():
     base = estimate(patch=128, micro_batch=2)
     for larger in ({"width": 16}, {"micro_batch": 4}, {"patch": 192}):
         assert plan.peak(estimate(**dict({"patch": 128, "micro_batch": 2}, **larger))) > plan.peak(base) + 1, larger
-    whole = plan.estimates(config(mode="full", width=16), 1, 512 * 512, [(512, 512, True)])
-    rungs = plan.ladder(config(mode="full", width=16))
+    whole = plan.estimates(config(mode="full", width=16), 1, 512 * 512, [(512, 512, True)], CPU)
+    rungs = plan.ladder(config(mode="full", width=16), CPU)
     at = [n.recompute for n in rungs].index(True)
     assert whole[at]["activations"] < 0.8 * whole[at - 1]["activations"]
     assert estimate(headers=((9000, 9000, False),))["loader"] > 9000 * 9000 * 8 / plan.MIB - 1
@@ -116,9 +169,9 @@ def test_estimate_grows_with_what_takes_memory():
 
 def test_each_notch_takes_less():
     """But for one: torch 1.10 convolves a single tile in another way, which keeps more than two tiles do."""
-    peaks = [plan.peak(owners) for owners in plan.estimates(config(), 1, 0, [(256, 256, True)])]
+    peaks = [plan.peak(owners) for owners in plan.estimates(config(), 1, 0, [(256, 256, True)], CPU)]
     rises = [after - before for before, after in zip(peaks, peaks[1:]) if after > before]
-    assert len(peaks) == len(plan.ladder(config())) and len(rises) <= (1 if torch.__version__ < "2" else 0)
+    assert len(peaks) == len(plan.ladder(config(), CPU)) and len(rises) <= (1 if torch.__version__ < "2" else 0)
     assert peaks[-1] == min(peaks) and peaks[0] == max(peaks)
 
 
@@ -136,7 +189,7 @@ def test_an_estimate_that_the_kernel_kills_is_over_budget(monkeypatch):
     """Or anything else with a documented exit code; not a bug report."""
     monkeypatch.setattr(plan, "Look", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises((OverBudget, MemoryError)):
-        plan.choose(plan.ladder(config()), plan.estimates(config(), 1, 0, [(9, 9, True)]), plan.Budget("", 1e6, 0, 1e6))
+        plan.choose(plan.ladder(config(), CPU), plan.estimates(config(), 1, 0, [(9, 9, True)], CPU), plan.Budget("", 1e6, 0, 1e6))
 
 
 def peaks_of(text):
@@ -241,3 +294,13 @@ def test_memory_as_the_kernel_says_it(group, limit, used, kills, monkeypatch):
     assert memory.rss_mib() == 100 and memory.peak_rss_mib() == 200
     files = {}
     assert (memory.limit_mib(), memory.in_use_mib(), memory.oom_kills(), memory.rss_mib()) == (None, None, {}, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_is_held_to_the_budget(tmp_path):
+    """Half precision is taken before anything else is given up, and torch's pool stays below what was free."""
+    data = write_set(tmp_path / "set", count=3)
+    done = command("train_lite", "--data", data, "--device", "cuda", "--width", 64, "--res", 512, "--epochs", 1, "--micro-batch", 8,
+                   "--budget", "2GB", cwd=tmp_path)
+    assert done.returncode == 0 and "half precision" in done.stderr, done.stderr

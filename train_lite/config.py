@@ -53,6 +53,7 @@ class TrainConfig(NamedTuple):
     budget: str = ""
     plan: bool = False
     smaller: int = 0
+    half: bool = False
     tight: bool = False
     recompute: bool = False
     # run
@@ -108,6 +109,7 @@ HELPS = {
     "budget": "memory of the board, such as 4GB: training is made to fit what it leaves; none given: the machine's",
     "plan": "print what training will take, and which levers make it fit, and stop",
     "smaller": "begin this many notches below the plan, or below where --resume stopped",
+    "half": "compute in half precision, with loss scaling; weights and moments stay float32. Needs CUDA",
     "tight": "give freed memory back to the system at once: less fragmentation, more time",
     "recompute": "keep the inputs of the net's blocks only, and compute their inside again in the backward pass",
     "name": "of the run; none given: data, mode and time",

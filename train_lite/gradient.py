@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from jetson import phases
+from train_lite.half import LossScale, precision
 from train_lite.models.norm import set_updating
 from train_lite.optimizer import SLAB
 from train_lite.patches import draw
@@ -36,10 +37,12 @@ class SumTable:
 class Gradient:
     """Gathers gradients of a net in its parameters' .grad, batch after batch, until finish().
 
-    how: a config.ModeSettings; patches, inner: PatchGD's k and J; micro_batch: patches in memory at once."""
+    how: a config.ModeSettings; patches, inner: PatchGD's k and J; micro_batch: patches in memory at once; loss_scale: of
+    a training in half precision."""
 
-    def __init__(self, net, loss, how, patches, inner, micro_batch):
+    def __init__(self, net, loss, how, patches, inner, micro_batch, loss_scale=None):
         self.net, self.loss, self.how, self.micro_batch = net, loss, how, micro_batch
+        self.loss_scale = loss_scale or LossScale(half=False)
         self.patches, self.inner = patches, inner
         self.pending = 0      # contributions since the last finish()
         self._scale = None    # of the gradients gathered; see add()
@@ -67,12 +70,17 @@ class Gradient:
         torch.manual_seed(seed)  # both passes over a chunk drop the same units
         # not features[chunk.image]: the gradient of indexing adds in whatever order the threads come
         g = None if features is None else torch.stack([features[v] for v in chunk.image])
-        return self.loss.sums(self.net(chunk.pixels, g, chunk.rows, chunk.cols), chunk.labels)
+        with precision(chunk.pixels.device, self.loss_scale.half):
+            scores = self.net(chunk.pixels, g, chunk.rows, chunk.cols)
+        return self.loss.sums(scores.float() if self.loss_scale.half else scores, chunk.labels)
 
     def _encode_overviews(self, batch, seed, which):
         """Global features of the images `which`, a list of int, of a batch."""
         torch.manual_seed(seed)
-        return self.net.encoder(batch.overviews(which))
+        pixels = batch.overviews(which)
+        with precision(pixels.device, self.loss_scale.half):
+            features = self.net.encoder(pixels)
+        return features.float() if self.loss_scale.half else features
 
     def _features(self, batch, seed):
         """Global features of all images of a batch (B, 8, q, q), without graph; None when the net takes none."""
@@ -112,7 +120,7 @@ class Gradient:
             total = table.total()
             pixels = total[1].clamp(min=1)
             self._scale = float(pixels) if self._scale is None else self._scale
-            (self.loss.surrogate(sums.sum(dim=0), total) * (self._scale / pixels)).backward()
+            (self.loss.surrogate(sums.sum(dim=0), total) * (self.loss_scale.value * self._scale / pixels)).backward()
         if leaf is not None:  # g trains the encoder: once, with all that the patches asked of it
             for which in self._chunks(list(range(len(batch.views)))):
                 self._encode_overviews(batch, seed, which).backward(leaf.grad[which[0]:which[-1] + 1])
@@ -123,7 +131,8 @@ class Gradient:
     def finish(self, clip):
         """Bring .grad to the mean of all contributions, then limit its norm to `clip` (0: no limit). Returns the norm
         before that limit, not finite when training has diverged (.grad is then left as it is)."""
-        divisor, self.pending, self._scale, self._stale = self.pending * self._scale, 0, None, True
+        divisor = self.pending * self._scale * self.loss_scale.value
+        self.pending, self._scale, self._stale = 0, None, True
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
         parts = (part for g in grads for part in g.reshape(-1).split(SLAB))  # a copy in float64 of a layer is 75 MB
         norm = float(torch.sqrt(sum((part.double() ** 2).sum() for part in parts))) / divisor

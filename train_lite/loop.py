@@ -35,7 +35,7 @@ def train(problem, run, state):
 def train_epoch(problem, run, state, stop):
     """The rest of the epoch that `state` is in, batch by batch."""
     config, saved = problem.config, time.time()
-    gradient = problem.gradient(state.net)
+    gradient = problem.gradient(state)
     for number in _progress(range(state.batch, problem.batches), problem, state):
         if not gradient.pending:
             state.freeze_if_due(problem)
@@ -57,18 +57,22 @@ def train_epoch(problem, run, state, stop):
 
 
 def step(problem, run, state, gradient, loss):
-    """One optimizer step on what `gradient` has gathered."""
+    """One optimizer step on what `gradient` has gathered; none, but its place in the schedule, when half precision
+    overflowed."""
     phases.mark("step")
     norm = gradient.finish(problem.config.clip)
-    if not np.isfinite(norm):
+    finite = bool(np.isfinite(norm))
+    if not finite and not state.loss_scale.lower():
         raise UsageError("training diverged at step %d: loss %s, gradient %s. Train again with a smaller rate: --lr %g"
                          % (state.step + 1, loss, norm, problem.config.lr / 3))
     rate = problem.learning_rate(state.step + 1, state.frozen_at)
-    state.optimizer.step(rate)
+    if finite:
+        state.optimizer.step(rate)
+        state.loss_scale.succeed()
     for parameter in state.net.parameters():
         parameter.grad = None  # freed, not zeroed: the first pass and validation need the room
     state.step += 1
-    run.log(step=state.step, epoch=state.epoch + 1, loss=loss, lr=rate, grad_norm=norm)
+    run.log(step=state.step, epoch=state.epoch + 1, loss=loss, lr=rate, grad_norm=norm if finite else None)
 
 
 def end_epoch(problem, run, state, started):

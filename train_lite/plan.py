@@ -12,8 +12,9 @@ import torch
 
 from edge.errors import OverBudget, UsageError
 from jetson import phases
-from jetson.memory import in_use_mib, limit_mib, parse_bytes, peak_rss_mib, reset_peak, rss_mib
+from jetson.memory import parse_bytes, rss_mib
 from train_lite.config import SUPERVISOR_MIB, micro_batch, mode_settings
+from train_lite.device import JETSON_CUDA_MIB, Peak, memory_mib, out_of_memory, own_memory
 from train_lite.gradient import SumTable
 from train_lite.losses import SegmentationLoss
 from train_lite.models import FEATURES, build
@@ -30,22 +31,23 @@ TIGHT_BYTES = 1 << 20
 class Levers(NamedTuple):
     """What memory is saved with, in the order in which it is given up."""
     micro_batch: int      # patches in memory at once: the same gradient, up to rounding
+    half: bool            # of layers, on CUDA: rounding, and faster
     tight: bool           # freed tensors go back to the system at once: the same bits, slower
     recompute: bool       # activation checkpointing: the same bits, slower
     optimizer: str        # a kind of train_lite.optimizer
     patch: int            # px; another net in the end, so the last
 
     def words(self):
-        return "micro-batch %d, %s memory, %s, %s, patch %d px" % (
-            self.micro_batch, "tight" if self.tight else "pooled",
+        return "micro-batch %d, %s%s memory, %s, %s, patch %d px" % (
+            self.micro_batch, "half precision, " if self.half else "", "tight" if self.tight else "pooled",
             "recomputed activations" if self.recompute else "kept activations", self.optimizer, self.patch)
 
 
-def ladder(config):
+def ladder(config, device):
     """All Levers from the config's own to the smallest, each one notch smaller than the one before. A patch is not made
     smaller once training has begun."""
     whole = not mode_settings(config).tile
-    notches = [Levers(micro_batch(config), config.tight, config.recompute, config.optimizer, config.patch)]
+    notches = [Levers(micro_batch(config), config.half, config.tight, config.recompute, config.optimizer, config.patch)]
 
     def lower(**change):
         if notches[-1]._replace(**change) != notches[-1]:
@@ -53,7 +55,10 @@ def ladder(config):
 
     while notches[-1].micro_batch > 1:
         lower(micro_batch=notches[-1].micro_batch // 2)
-    lower(tight=True)
+    if device.type == "cuda":
+        lower(half=True)
+    else:
+        lower(tight=True)
     if whole and config.norm != "batch":  # of one patch it saves nothing: the top level alone fills the peak
         lower(recompute=True)
     if config.optimizer == "adamw":
@@ -69,11 +74,13 @@ def apply(config, levers):
 
 
 class Look:
-    """The net that a config asks for, as far as memory goes. Building it and counting take a second or less."""
+    """The net that a config asks for, as far as memory goes. Building it and counting, on the CPU, take a second or less."""
 
-    def __init__(self, config, outputs, unseen):
+    def __init__(self, config, outputs, device, unseen):
         _loss(build(config.model, 4, config.norm, 1, "concat"), 1, 1).backward()  # loads what torch loads late
-        self.libraries = (rss_mib() or 0.0) + unseen
+        self.libraries = (rss_mib() or 0.0) + unseen + SUPERVISOR_MIB
+        if device.type == "cuda":  # a card's context is in use already when we look
+            self.libraries = 0.0 if own_memory(device) else self.libraries + JETSON_CUDA_MIB
         self.net = build(config.model, config.width, config.norm, outputs, mode_settings(config).fusion)
         sizes = [p.numel() * 4 / MIB for p in self.net.parameters()]
         self.weights, self.largest_weight = sum(sizes), max(sizes)
@@ -112,14 +119,14 @@ def _kept(net, outputs, tiles):
     return sum(sizes), max(sizes)
 
 
-def estimates(config, outputs, tile_px, headers):
+def estimates(config, outputs, tile_px, headers, device):
     """Predicted MiB by owner at the peak: a dict for every notch of ladder(config). tile_px: pixels of the largest image
     where that is the tile, else 0; headers: list of edge.images.photo_header()."""
     def count(unseen):
-        look, loader = Look(config, outputs, unseen), _loader_mib(headers)
-        return [_estimate(look, notch, tile_px or notch.patch ** 2, loader) for notch in ladder(config)]
+        look, loader = Look(config, outputs, device, unseen), 0.0 if own_memory(device) else _loader_mib(headers)
+        return [_estimate(look, notch, tile_px or notch.patch ** 2, loader) for notch in ladder(config, device)]
 
-    predicted = apart(count)
+    predicted = count(0.0) if device.type == "cuda" else apart(count)  # CUDA does not survive a fork
     if predicted is None:
         raise OverBudget("there is not even the memory to build the net and look at it; close other programs, or take a "
                          "smaller --width")
@@ -128,12 +135,12 @@ def estimates(config, outputs, tile_px, headers):
 
 def _estimate(look, levers, tile_px, loader_mib):
     kept, largest = look.kept(levers.micro_batch, levers.recompute)
-    scale = tile_px / float(PROBE_PX ** 2)
+    scale = tile_px / float(PROBE_PX ** 2) / (2 if levers.half else 1)
     # the backward pass peaks either at its start, with all activations and a few gradients of the largest, or in the
     # deepest layers, with about half of them and the copies of the largest weight that the CPU's convolutions make
     top = kept * scale + 2.5 * largest * scale
     deep = 0.55 * kept * scale + (2.5 if levers.tight else 4) * look.largest_weight
-    return {"runtime libraries": look.libraries + SUPERVISOR_MIB, "weights": look.weights, "gradients": look.weights,
+    return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.weights,
             "optimizer": look.weights / 4 * STATE_BYTES[levers.optimizer],
             "activations": max(top, deep) + (30 if levers.tight else 45), "loader": loader_mib}
 
@@ -156,9 +163,11 @@ class Budget(NamedTuple):
     free_mib: float    # what training may take
 
 
-def budget(text):
-    """What --budget leaves for us: of the board's memory, or of what this machine has free when that is less."""
-    machine, used = limit_mib(), in_use_mib() or 0.0
+def budget(text, device):
+    """What --budget leaves for us: of the board's memory, or of what this machine has free when that is less. On a
+    desktop card, of the card's."""
+    machine, used = memory_mib(device)
+    used = used or 0.0
     try:
         total = parse_bytes(text) / MIB if text else machine
     except ValueError as exc:
@@ -239,16 +248,33 @@ def apart(function):
     return answer["value"]
 
 
-def confirm(problem, state, unseen):
-    """Train on one chunk for show and measure: returns the peak to expect, in MiB, or 0 where the kernel does not let us
-    measure. For apart(): it leaves gradients behind."""
+def confirm(problem, new_state, allowed):
+    """Train the state that new_state() makes on one chunk, for show, and measure: returns the peak to expect, in MiB, 0
+    where the kernel does not let us measure, or None when it ran out of memory."""
+    def trial(unseen):
+        measured = _one_chunk(problem, new_state(), Peak(problem.device, allowed.in_use_mib))
+        return measured and measured + unseen + (0 if own_memory(problem.device) else SUPERVISOR_MIB)
+
+    if problem.device.type != "cuda":
+        return apart(trial)
+    try:  # CUDA does not survive a fork
+        return trial(0.0)
+    except RuntimeError as exc:
+        if not out_of_memory(exc):
+            raise
+    finally:
+        torch.cuda.empty_cache()
+    return None
+
+
+def _one_chunk(problem, state, peak_now):
     batch, _rng = problem.batch(0, 0)
-    gradient = problem.gradient(state.net)
+    gradient = problem.gradient(state)
     picks = batch.every_patch()[:gradient.micro_batch]
-    if not reset_peak():
-        return 0.0
     gradient.add(batch, picks, SumTable(batch), 0)
     gradient.add(batch, picks, SumTable(batch), 0)  # now beside the gradients of the first
-    measured = peak_rss_mib(since_reset=True)
+    measured = peak_now.mib()
+    if measured is None:
+        return 0.0
     weights = sum(p.numel() * p.element_size() for p in state.net.parameters()) / MIB
-    return measured + unseen + weights * STATE_BYTES[problem.config.optimizer] / 4 + SUPERVISOR_MIB
+    return measured + weights * STATE_BYTES[problem.config.optimizer] / 4

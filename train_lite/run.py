@@ -14,8 +14,6 @@ from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check,
 from train_lite.runfolder import RunFolder
 
 OWN_WORDS = ("--resume", "--json", "--debug", "--smaller")  # of a command that goes on with a run
-OUT_OF_MEMORY = ("out of memory", "memoryerror", "unable to allocate", "can't allocate memory", "cannot allocate memory",
-                 "cudnn_status_alloc_failed", "cublas_status_alloc_failed", "nvmapmemalloc", "defaultcpuallocator")
 
 
 @guarded
@@ -30,14 +28,15 @@ def main(argv):
     # before torch loads: threads that wait by spinning make a busy machine five times slower (docs/measured.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch, _ = need("torch"), need("tqdm")
-    device = _device(torch, config)
+    from train_lite.device import out_of_memory, pick
+    device = pick(config)
     banner("train_lite", device.type, "torch " + torch.__version__)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     config = config._replace(threads=torch.get_num_threads())  # kept with the run: sums depend on how they are shared
     try:
         return _train(config, run, device)
     except (MemoryError, RuntimeError) as exc:
-        if isinstance(exc, RuntimeError) and not any(words in str(exc).lower() for words in OUT_OF_MEMORY):
+        if not out_of_memory(exc):
             raise
         say("out of memory: %s" % (str(exc).splitlines() or [type(exc).__name__])[0])
         return RETRY_SMALLER
@@ -48,7 +47,7 @@ def _train(config, run, device):
     data = _data_folder(config)
     pairs = dataset.find_pairs(data, config.val_share, config.group_by) if data else []
     classes = dataset.read_classes(data, config)
-    candidates, allowed = _plan(config, pairs, classes)
+    candidates, allowed = _plan(config, pairs, classes, device)
     if config.plan:
         return 0
     stored = _ingest(config, data, pairs, classes)
@@ -90,7 +89,7 @@ def _data_folder(config):
     return demo.make(os.path.join("runs", "demo-%d" % config.res), config.res, config.demo_images)
 
 
-def _plan(config, pairs, classes):
+def _plan(config, pairs, classes, device):
     """Predict, print, and choose. Returns (list of (Levers to try, MiB predicted), plan.Budget). Raises OverBudget when
     none fits."""
     from train_lite import plan
@@ -100,8 +99,8 @@ def _plan(config, pairs, classes):
     settings = mode_settings(config)
     fitted = [fitted_size(h, w, settings.resize, settings.resize_px) for h, w, _bands in headers]
     tile_px = 0 if settings.tile else max(h * w for h, w in fitted)
-    notches, allowed = plan.ladder(config), plan.budget(config.budget)
-    predicted = plan.estimates(config, classes.outputs, tile_px, headers)
+    notches, allowed = plan.ladder(config, device), plan.budget(config.budget, device)
+    predicted = plan.estimates(config, classes.outputs, tile_px, headers, device)
     chosen = plan.choose(notches, predicted, allowed, config.smaller)
     if config.plan:
         print(plan.describe(notches, chosen, predicted, allowed))
@@ -131,12 +130,14 @@ def _ingest(config, data, pairs, classes):
 def _settle(config, candidates, allowed, classes, stored, device):
     """Go down the candidates of _plan() until one chunk, really computed, stays within the budget. Returns (config, Problem)."""
     from train_lite import plan, state
+    from train_lite.device import hold
+    hold(device, allowed.free_mib)
     for notch, predicted in candidates:
         if notch.tight:
             plan.tighten()
         config = plan.apply(config, notch)
         problem = state.Problem(config, classes, *stored, device=device)
-        measured = plan.apart(lambda unseen: plan.confirm(problem, state.State(problem), unseen))
+        measured = plan.confirm(problem, lambda: state.State(problem), allowed)
         if measured is not None and measured * plan.MARGIN <= allowed.free_mib:
             if config.budget and measured:
                 say("one chunk measured: %.0f MiB at the peak, %.0f predicted" % (measured, predicted))
@@ -145,13 +146,6 @@ def _settle(config, candidates, allowed, classes, stored, device):
         say("one chunk %s, %.0f MiB are free; one notch smaller" % (took, allowed.free_mib))
     raise OverBudget("one chunk %s; %.0f MiB are free. Close other programs, add memory, or take a smaller --width or --patch"
                      % (took, allowed.free_mib))
-
-
-def _device(torch, config):
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this torch (%s) sees no CUDA device. Use --device cpu, or install NVIDIA's wheel"
-                         % torch.__version__)
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _describe(problem, start, run):

@@ -11,6 +11,7 @@ from train_lite import checkpoint, evaluate
 from train_lite.config import TrainConfig, micro_batch, mode_settings
 from train_lite.dataset import Classes
 from train_lite.gradient import Gradient
+from train_lite.half import LossScale
 from train_lite.losses import SegmentationLoss
 from train_lite.models import build, norm
 from train_lite.models.recompute import recompute
@@ -47,10 +48,10 @@ class Problem:
                  for i in order[number * config.batch:(number + 1) * config.batch]]
         return Batch(views, self.side, self.device), rng
 
-    def gradient(self, net):
+    def gradient(self, state):
         config = self.config
         loss = SegmentationLoss(self.classes.outputs, config.dice)
-        return Gradient(net, loss, self.settings, config.patches, config.inner, micro_batch(config))
+        return Gradient(state.net, loss, self.settings, config.patches, config.inner, micro_batch(config), state.loss_scale)
 
     def learning_rate(self, step, frozen_at=0):
         """Of optimizer step 1, 2, ...: untuned linear warm-up over 2 / (1 - beta2) steps (Ma & Yarats 2019, section 5),
@@ -61,7 +62,7 @@ class Problem:
 
 
 class State:
-    """Net, optimizer moments, position, best score."""
+    """Net, optimizer moments, scale of the loss, position, best score."""
 
     def __init__(self, problem, frozen=()):
         config = problem.config
@@ -72,6 +73,7 @@ class State:
         self.frozen = list(frozen)   # names of the group norms that have become affines
         self.frozen_at = 0           # optimizer steps done when they did
         self.optimizer = self._new_optimizer(config)
+        self.loss_scale = LossScale(config.half)
         self.epoch = self.batch = self.step = 0   # the next batch to do; optimizer steps done
         self.best = -1.0
         self.loss_sum = self.loss_count = 0.0     # of the epoch so far
@@ -88,7 +90,7 @@ class State:
         checkpoint.write(path, tensors, {
             "config": problem.config._asdict(), "classes": problem.classes._asdict(), "tile": problem.tile,
             "frozen": self.frozen, "frozen_at": self.frozen_at, "epoch": self.epoch, "batch": self.batch,
-            "step": self.step, "best": self.best, "loss_sum": self.loss_sum, "loss_count": self.loss_count})
+            "step": self.step, "optimizer_steps": self.optimizer.steps, "loss_scale": self.loss_scale.position(), "best": self.best, "loss_sum": self.loss_sum, "loss_count": self.loss_count})
 
     @classmethod
     def load(cls, path, problem):
@@ -97,12 +99,14 @@ class State:
             state = cls(problem, meta["frozen"])
             for name in ("epoch", "batch", "step", "frozen_at", "best", "loss_sum", "loss_count"):
                 setattr(state, name, meta[name])
+            state.loss_scale.restore(meta["loss_scale"])
             moments = _moments(state, tensors, problem.config.optimizer)
-        except (KeyError, AttributeError) as exc:
+            steps = meta["optimizer_steps"]
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
         _load(state.net, tensors, path)
         if moments:
-            state.optimizer.restore(moments, state.step - state.frozen_at)
+            state.optimizer.restore(moments, steps)
         return state
 
     def freeze_if_due(self, problem):
@@ -137,16 +141,14 @@ class State:
 
 
 def _moments(state, tensors, kind):
-    """The optimizer's moments in a checkpoint: a dict per parameter, in order; [] before the first
+    """The optimizer's moments in a checkpoint: a dict per parameter, in order; [] before its first
     step, or when the optimizer `kind` has none."""
-    if state.step == state.frozen_at or kind == "sgd":
-        return []
     by_name = {}
     for key, value in tensors.items():
         if key.startswith("adamw."):
-            _, kind, name = key.split(".", 2)
-            by_name.setdefault(name, {})[kind] = torch.from_numpy(value.copy())
-    return [by_name[name] for name, _ in state.net.named_parameters()]
+            _, part, name = key.split(".", 2)
+            by_name.setdefault(name, {})[part] = torch.from_numpy(value.copy())
+    return [] if kind == "sgd" or not by_name else [by_name[name] for name, _ in state.net.named_parameters()]
 
 
 def _build(config, classes, frozen):

@@ -38,7 +38,7 @@ def one_step(way, res, width, folder, steps, threads):
     stored = store.ingest([pair], classes, config.fit, config.res, os.path.join(folder, "cache"), 16, config.patch, 0, [])
     problem = Problem(config, classes, stored, [], [], torch.device("cpu"))
     state = State(problem)
-    gradient = problem.gradient(state.net)
+    gradient = problem.gradient(state)
     for _ in range(steps):
         batch, rng = problem.batch(0, 0)
         start = time.time()

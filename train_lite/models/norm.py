@@ -15,6 +15,12 @@ class GroupNorm(nn.GroupNorm):
         groups = max(n for n in range(1, 9) if channels % n == 0 and (n == 1 or channels // n >= 4))
         super().__init__(groups, channels, eps=EPS)
 
+    def forward(self, x):
+        if x.dtype != torch.float16:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):  # else it would be float32, at twice the memory
+            return nn.functional.group_norm(x, self.num_groups, self.weight.half(), self.bias.half(), self.eps)
+
 
 class PlainGroupNorm(nn.Module):
     """A trained GroupNorm in means, differences and a root: what a runtime computes without a normalisation operator,
@@ -62,7 +68,7 @@ class FrozenNorm(nn.Module):
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x):
-        scale, shift = self.affine()
+        scale, shift = (values.to(x.dtype) for values in self.affine())
         return x * scale[:, None, None] + shift[:, None, None]
 
 
