@@ -1,9 +1,10 @@
 """Run an exported model on images: masks, overlays and results out."""
 import json
 import os
+import sys
 from typing import NamedTuple
 
-from edge import backends, contract, run
+from edge import backends, contract, run, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import UsageError
 from edge.pipeline import Segmenter
@@ -62,7 +63,8 @@ def main(argv):
     check(config)
     made, files = contract.load(config.engine)
     backend = backends.choose(config.backend, config.engine)
-    banner("edge-run", "cpu", backend.describe())
+    banner("edge-run", "cpu" if backend.__name__.endswith(".ort") else "gpu", backend.describe())
+    trial.demand(config.engine, backend.__name__.rpartition(".")[2], made)
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
     source = open_source(config.input, limit)
     with Segmenter(made, files, backend, config.threads, config.resize) as pipeline:
@@ -91,3 +93,7 @@ def _benchmark(config, source, pipeline):
     for stage, row in table.items():
         print("%-8s %9.2f %9.2f %9.2f" % (stage, row["p50"], row["p95"], row["p99"]))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -114,6 +114,11 @@ def sync_folder(folder):
         os.close(handle)
 
 
+def cache_home():
+    """The folder for what can be made again: caches of images, engines, and files known to load."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "nanopatch")
+
+
 def say(text):
     """A line for the person at the terminal: stderr, so that stdout holds results only."""
     sys.stderr.write(text + "\n")

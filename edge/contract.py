@@ -18,8 +18,10 @@ STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"]}
 
 
 def path_beside(model):
-    """The contract's path for the first stage's file `model`."""
-    return os.path.splitext(model)[0] + ".json"
+    """The contract's path for the first stage's file `model`: model.json of model.onnx; an engine built beside it has one of
+    its own, model.plan.json."""
+    stem, suffix = os.path.splitext(model)
+    return (model if suffix == ".plan" else stem) + ".json"
 
 
 def sha256(path):
@@ -71,6 +73,9 @@ def _disagreements(contract, model):
         wrong.append("the overview has %d px, its encoder takes %d" % (contract["overview"]["size"], contract["tile"]["size"]))
     if contract["tile"]["overlap"] >= contract["tile"]["size"]:
         wrong.append("tile overlap %(overlap)d is not smaller than the tile, %(size)d" % contract["tile"])
+    for stage in contract["stages"]:
+        if stage["file"].endswith(".plan") != ("engine" in contract):
+            wrong.append("%s %s the contract's 'engine' part" % (stage["file"], "goes with" if "engine" in contract else "lacks"))
     if contract["stages"][0]["file"] != os.path.basename(model):
         wrong.append("its first stage is %s" % contract["stages"][0]["file"])
     for stage in contract["stages"]:

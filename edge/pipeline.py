@@ -3,6 +3,7 @@ import numpy as np
 
 from edge import contract as contracts
 from edge import scores
+from edge.errors import BadFile
 
 
 class Segmenter:
@@ -17,29 +18,31 @@ class Segmenter:
             self.recipe = self.recipe._replace(resize="none")
         self.palette = [tuple(entry["colour"]) for entry in contract["classes"]]
         self.classes = [entry["name"] for entry in contract["classes"]]
-        self._stages = {}
-        for stage in contract["stages"]:
-            loaded = self._stages[stage["name"]] = backend.Stage(files[stage["name"]], threads)
-            for side in ("inputs", "outputs"):
-                contracts.check_tensors(stage, side, loaded.tensors(side))
+        self.session = backend.Session(contract, files, threads)
+        try:
+            for stage in contract["stages"]:
+                for side in ("inputs", "outputs"):
+                    contracts.check_tensors(stage, side, self.session.tensors(stage["name"], side))
+        except BadFile:
+            self.close()
+            raise
 
-    def _run(self, stage, output, **inputs):
-        """Run a stage on n tiles; the last one is repeated up to the batch that the net was exported with."""
-        count = len(inputs["features"] if "features" in inputs else inputs["pixels"])
-        spare = self.recipe.batch - count
-        if spare:
-            inputs = {name: array if name == "overview" else np.concatenate([array] + [array[-1:]] * spare)
-                      for name, array in inputs.items()}
-        return self._stages[stage].run(inputs)[output][:count]
+    def _full(self, array):
+        """n tiles as the batch that the net was exported with: the last one is repeated."""
+        spare = self.recipe.batch - len(array)
+        return np.concatenate([array] + [array[-1:]] * spare) if spare else array
 
     def encode(self, pixels):
-        return self._run("encoder", "features", pixels=pixels)
+        return self.session.run("encoder", {"pixels": self._full(pixels)})["features"][:1]
 
     def score(self, pixels, overview, rows, cols):
         if overview is None:
-            return self._run("net", "scores", pixels=pixels)
-        features = self._run("encoder", "features", pixels=pixels)
-        return self._run("head", "scores", features=features, overview=overview, rows=rows, cols=cols)
+            scores = self.session.run("net", {"pixels": self._full(pixels)})["scores"]
+        else:
+            features = self.session.run("encoder", {"pixels": self._full(pixels)}, keep=True)["features"]
+            scores = self.session.run("head", {"features": features, "overview": overview, "rows": self._full(rows),
+                                                "cols": self._full(cols)})["scores"]
+        return scores[:len(pixels)]
 
     def bands(self, picture, lap=lambda stage: None):
         """Yield class ids (h, W) uint8 of the rows of `picture` from the top, all rows once, in its own size."""
@@ -53,8 +56,7 @@ class Segmenter:
         return np.concatenate(list(self.bands(picture)))
 
     def close(self):
-        for stage in self._stages.values():
-            stage.close()
+        self.session.close()
 
     def __enter__(self):
         return self

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-from edge import contract, images
+from edge import contract, images, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import BadFile, UsageError
 from edge.optional import need
@@ -18,6 +18,10 @@ class ExportConfig(NamedTuple):
     tile_batch: int = 1
     tolerance: float = 1e-4
     frames: str = ""
+    fp16: bool = False
+    float32: str = ""
+    workspace: int = 512
+    reuse: bool = True
     json: bool = False
     debug: bool = False
 
@@ -28,6 +32,10 @@ HELPS = {
     "tile_batch": "tiles that go through the net together",
     "tolerance": "largest difference of a score from the trained net's, of scores up to 10; larger ones may differ in "
                  "proportion. Beyond it nothing is written (exit code 4)",
+    "fp16": "engines: compute in half precision (inputs and outputs stay float32)",
+    "float32": "engines: names of nodes that stay float32 with --fp16, in quotes",
+    "workspace": "engines: MiB of scratch memory that the builder may try tactics with, at most",
+    "reuse": "engines: take one built before on this board from the same file",
     "frames": "image, folder or glob to compare on; none given: the run's validation images",
     "json": "print one JSON object on stdout at the end",
     "debug": "show the traceback of an error",
@@ -40,11 +48,10 @@ def main(argv):
     config = parse(ExportConfig, argv, "python -m export", __doc__, HELPS, positional="source")
     if not config.source:
         raise UsageError("what shall be exported? Type: python -m export runs/train/last --out model.onnx")
+    if config.tile_batch < 1 or config.tolerance <= 0 or config.workspace < 1:
+        raise UsageError("--tile-batch and --workspace must be 1 or more and --tolerance above 0")
     if config.source.endswith(".onnx"):
-        raise UsageError("%s is exported already; this version writes ONNX only. Run it: edge-run --engine %s --input "
-                         "frame.png" % (config.source, config.source))
-    if config.tile_batch < 1 or config.tolerance <= 0:
-        raise UsageError("--tile-batch must be 1 or more and --tolerance above 0")
+        return _build(config)
     torch, _onnx, _ort = need("torch"), need("onnx"), need("onnxruntime")
     from train_lite import checkpoint
     path = checkpoint.find(config.source)
@@ -54,6 +61,21 @@ def main(argv):
     from edge.backends import ort
     banner("export", "cpu", "torch %s, %s" % (torch.__version__, ort.describe()))
     report = export(path, out, config, ort)
+    say("next: edge-run --engine %s --input frame.png" % out)
+    if config.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _build(config):
+    """ONNX -> engine, on the board."""
+    from edge.backends import ort
+    from export import build
+    out = config.out or os.path.splitext(config.source)[0] + ".plan"
+    if not out.endswith(".plan"):
+        raise UsageError("--out %s: expected a name ending in .plan; %s is exported already" % (out, config.source))
+    banner("export", "TensorRT", ort.describe())
+    report = build.build(config.source, out, config)
     say("next: edge-run --engine %s --input frame.png" % out)
     if config.json:
         print(json.dumps(report))
@@ -78,7 +100,8 @@ def export(path, out, config, backend):
         made, files = to_onnx.write(scratch, os.path.splitext(os.path.basename(out))[0], to_onnx.folded(net), trained,
                                     classes, recipe, pipeline)
         with Segmenter(made, files, backend) as segmenter:
-            measured = parity.compare(net, segmenter, frames)
+            measured = parity.compare((recipe,) + evaluate.torch_functions(net, "cpu"),
+                                      (segmenter.recipe, segmenter.encode, segmenter.score), frames)
         say("%s pipeline: %s" % (pipeline, ", ".join("%s %.1f MB" % (os.path.basename(f), os.path.getsize(f) / 1e6)
                                                      for f in files.values())))
         operators = sorted(set(sum((to_onnx.operators(f) for f in files.values()), [])))
@@ -94,6 +117,7 @@ def export(path, out, config, backend):
         contract.write(contract.path_beside(os.path.join(folder, os.path.basename(out))), made)  # last: makes them valid
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    trial.passed("ort", made)
     return {"out": out, "pipeline": pipeline, "operators": operators, "parity": made["parity"]}
 
 

@@ -24,7 +24,8 @@ def real_data(name):
 
 def command(*words, cwd=None, timeout=900, env=None):
     """Run `python -m words...` in a process of its own. Returns it, with stdout and stderr as text."""
-    full = dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", **(env or {}))
+    full = dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    full.update(env or {})
     done = subprocess.run([sys.executable, "-m"] + [str(w) for w in words], cwd=str(cwd) if cwd else None, env=full,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout)
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()

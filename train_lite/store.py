@@ -12,7 +12,7 @@ import stat
 import numpy as np
 
 from edge import images
-from edge.command import say, written
+from edge.command import cache_home, say, written
 from edge.errors import BadFile
 from edge.geometry import nearest_index, reflect
 from train_lite.dataset import IGNORE
@@ -88,8 +88,7 @@ def cache_folder(config, data):
     folder = os.path.abspath(data if os.path.isdir(data) else os.path.dirname(os.path.abspath(data)))
     if os.stat(folder).st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) and os.access(folder, os.W_OK):
         return os.path.join(folder, ".nanopatch")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(home, "nanopatch", hashlib.sha256(folder.encode()).hexdigest()[:12])
+    return os.path.join(cache_home(), hashlib.sha256(folder.encode()).hexdigest()[:12])
 
 
 def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview, since, problems):

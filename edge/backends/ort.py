@@ -11,29 +11,36 @@ def describe():
     return "ort (ONNX Runtime %s, CPU)" % need("onnxruntime").__version__
 
 
-class Stage:
-    """One ONNX file, loaded. threads: CPU threads, 0 for all cores. Raises BadFile when it is no model."""
+class Session:
+    """The ONNX files of a model, loaded. files: {stage name: path}; threads: CPU threads, 0 for all cores. Raises BadFile
+    when one is no model."""
 
-    def __init__(self, path, threads=0):
-        ort = need("onnxruntime")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors only: they reach the user as exceptions
-        try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # onnxruntime raises classes of its own, which differ between releases
-            raise BadFile("%s is no model that ONNX Runtime %s can load: %s. Export it again"
-                          % (path, ort.__version__, str(exc).strip().splitlines()[0])) from exc
-        self._names = [output.name for output in self._session.get_outputs()]
+    def __init__(self, contract, files, threads=0):
+        self._loaded = {stage: _load(path, threads) for stage, path in files.items()}
 
-    def tensors(self, side):
+    def tensors(self, stage, side):
         """side 'inputs' or 'outputs' -> {name: (dtype name, shape list)}."""
-        nodes = self._session.get_inputs() if side == "inputs" else self._session.get_outputs()
+        session = self._loaded[stage]
+        nodes = session.get_inputs() if side == "inputs" else session.get_outputs()
         return {node.name: (DTYPES.get(node.type, node.type), list(node.shape)) for node in nodes}
 
-    def run(self, inputs):
+    def run(self, stage, inputs, keep=False):
         """{input name: array} -> {output name: array}."""
-        return dict(zip(self._names, self._session.run(self._names, inputs)))
+        session = self._loaded[stage]
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, inputs)))
 
     def close(self):
-        self._session = None
+        self._loaded = {}
+
+
+def _load(path, threads):
+    ort = need("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only: they reach the user as exceptions
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # onnxruntime raises classes of its own, which differ between releases
+        raise BadFile("%s is no model that ONNX Runtime %s can load: %s. Export it again"
+                      % (path, ort.__version__, str(exc).strip().splitlines()[0])) from exc

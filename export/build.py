@@ -1,0 +1,161 @@
+"""ONNX -> TensorRT engines on the board: one child per stage and attempt, ever less memory, parity, contract."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from edge import contract, images, trial
+from edge.command import cache_home, say
+from edge.errors import BadFile, EngineMismatch, MissingPart, OverBudget, UsageError
+from edge.optional import need
+from edge.pipeline import Segmenter
+from edge.sources import find_files, open_source
+from export import parity
+
+PARITY_FRAMES = 2
+WORKSPACES_MIB = (512, 128, 32, 8)  # tried in this order when the kernel kills the builder; 1 GB is too much for a Nano
+
+
+def build(model, out, config):
+    """Write the engines of the ONNX model `model` as `out` (further stages beside it) and their contract, all or none.
+    config: an ExportConfig. Returns the report. Raises OverBudget, BadFile, ParityError."""
+    made, files = contract.load(model)
+    facts = _child({})
+    folder, stem = os.path.dirname(os.path.abspath(out)), os.path.splitext(os.path.basename(out))[0]
+    os.makedirs(folder, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=".build-", dir=folder)
+    try:
+        plans, stages = {}, []
+        for stage in made["stages"]:
+            name = "%s.plan" % (stem if not stages else "%s.%s" % (stem, stage["name"]))
+            source = files[stage["name"]]
+            if config.fp16 and not facts["half_flag"]:
+                from export.halve import halve
+                source = os.path.join(scratch, stage["file"])
+                halve(files[stage["name"]], source, config.float32.split())
+            plans[stage["name"]] = os.path.join(scratch, name)
+            _stage(stage, source, plans[stage["name"]], facts, config)
+            stages.append(dict(stage, file=name, sha256=contract.sha256(plans[stage["name"]])))
+        engine = {key: facts[key] for key in ("tensorrt", "device", "compute_capability")}
+        engine.update(precision="float16" if config.fp16 else "float32", source={s["name"]: s["sha256"] for s in made["stages"]})
+        plan = dict(made, stages=stages, engine=engine)
+        plan["parity"] = _parity((made, files), (plan, plans), config, out)
+        for path in plans.values():
+            os.replace(path, os.path.join(folder, os.path.basename(path)))
+        contract.write(contract.path_beside(os.path.join(folder, os.path.basename(out))), plan)  # last: makes them valid
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    trial.passed("trt", plan)
+    return {"out": out, "engine": engine, "parity": plan["parity"]}
+
+
+def _parity(exported, built, config, out):
+    """Compare the engines with the ONNX files they were built from, on the same frames. Raises ParityError."""
+    from edge.backends import ort, trt
+    made, files = exported
+    frames = [(name, parity.frame_window(picture)) for name, picture in frames_for(config.frames)]
+    with Segmenter(made, files, ort) as first, Segmenter(built[0], built[1], trt) as second:
+        tap = first.session = parity.Tap(first.session)
+        report = parity.compare((first.recipe, first.encode, first.score), (second.recipe, second.encode, second.score), frames)
+        report["stages"] = parity.of_stages(tap.calls, second.session)
+    precision = built[0]["engine"]["precision"]
+    nodes = _spoiled(files, tap.calls, config) if precision == "float16" else []
+    allowed, share = parity.demand_engine(report, precision, out, nodes)
+    say("parity with the ONNX files on %s: scores differ by at most %.2g (allowed %.2g), class of %.4f %% of the pixels (allowed "
+        "%.2f)" % (", ".join(report["frames"]), report["max_abs_error"], allowed, 100 * report["changed_share"], 100 * share))
+    return dict(report, tolerance=allowed, against=ort.describe() + ", by " + trt.describe())
+
+
+def _spoiled(files, calls, config):
+    """Names of the nodes that half precision spoils, first in graph order; [] without the onnx package."""
+    try:
+        from export.halve import halve, spoiled
+        need("onnx")
+    except MissingPart:
+        return []
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for stage, kept in calls.items():
+            halved = os.path.join(scratch, "half.onnx")
+            halve(files[stage], halved, config.float32.split())
+            found += [node for node, _off in spoiled(files[stage], halved, kept[0][0])]
+    return found
+
+
+def frames_for(pattern):
+    """The (name, picture) to compare on: of --frames, else a test picture."""
+    if pattern:
+        return [(path, images.open_photo(path)) for path in find_files(pattern)[:PARITY_FRAMES]]
+    say("warning: no --frames given; comparing on a test picture. Give some of your own images")
+    return [(f.origin, f.open()) for f in open_source("synthetic://1024x768", 1)]
+
+
+def _stage(stage, source, plan, facts, config):
+    """Build one engine, or take it from the cache."""
+    place = "-".join(facts[key].replace(" ", "_").replace("/", "_") for key in ("tensorrt", "device", "compute_capability"))
+    shelf = os.path.join(cache_home(), "engines", place)
+    kept = os.path.join(shelf, "%s-%s-%d%s.plan" % (
+        contract.sha256(source)[:32], "fp16" if config.fp16 else "fp32", config.workspace, "-" + "+".join(
+            sorted(config.float32.split())) if config.float32 else ""))
+    if not os.path.isfile(kept) or not config.reuse:
+        os.makedirs(shelf, exist_ok=True)
+        job = {"onnx": source, "plan": kept, "cache": os.path.join(shelf, "timing.cache"),
+               "fp16": config.fp16, "float32": config.float32.split()}
+        ladder(stage["name"], job, config.workspace)
+    else:
+        say("%s: taken from %s; --no-reuse builds it again" % (stage["name"], kept))
+    shutil.copyfile(kept, plan)
+
+
+def ladder(name, job, most_mib):
+    """Attempts until one succeeds: less workspace when the kernel kills the child; the libraries cuBLAS and cuDNN, which cost
+    hundreds of MB, only when TensorRT finds no way without them."""
+    left, lean, said = [mib for mib in WORKSPACES_MIB if mib < most_mib], True, ""
+    workspace = most_mib
+    while True:
+        say("%s: building, workspace %d MiB%s; this takes minutes on a Nano" % (
+            name, workspace, "" if lean else ", with cuBLAS and cuDNN"))
+        answer = _child(dict(job, workspace_mib=workspace, lean=lean), name)
+        if answer is not None and answer["failed"] is None:
+            return
+        if answer is not None and lean:
+            lean, said = False, answer["failed"]
+            say("%s: TensorRT found no way without cuBLAS and cuDNN (%s)" % (name, said))
+        elif answer is not None:
+            raise BadFile("TensorRT cannot build %s: %s. What the target takes: python -m export MODEL.onnx --target nano"
+                          % (name, answer["failed"]))
+        elif left:
+            say("%s: the kernel killed the builder for want of memory; again with less workspace" % name)
+            workspace = left.pop(0)
+        else:
+            raise OverBudget("building %s was killed for want of memory even with a workspace of %d MiB. Close other programs, "
+                             "add swap (sudo python3 -m jetson setup --apply), or export with a smaller --patch" % (name, workspace))
+
+
+def _child(job, name=""):
+    """The answer of a builder process; None when it was killed. Says every half minute that it is still at work."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen([sys.executable, "-m", "export.builder", json.dumps(job)], stdout=output, stderr=errors)
+        began = told = time.time()
+        try:
+            while child.poll() is None:
+                time.sleep(0.05)
+                if name and time.time() - told > 30:
+                    told = time.time()
+                    say("%s: still building after %.0f s" % (name, told - began))
+        finally:
+            if child.poll() is None:  # Ctrl-C: the child has had it too
+                child.kill()
+                child.wait()
+        output.seek(0), errors.seek(0)
+        text, words = output.read().decode(errors="replace").strip(), errors.read().decode(errors="replace").strip()
+    if child.returncode in (-9, 137):
+        return None
+    if child.returncode == 2:
+        raise UsageError("%s. Engines are built on the board that runs them" % words.replace("error: ", ""))
+    if child.returncode or not text:
+        raise EngineMismatch("the builder ended with %s: %s" % (child.returncode, words[-400:] or "no word"))
+    return json.loads(text.splitlines()[-1])

@@ -1,0 +1,258 @@
+"""ONNX -> engine -> masks on the doubles of TensorRT and pycuda, one generation after the other, by the commands users type."""
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT, command
+from doubles import child_env, install
+from edge import contract, trial
+from edge.backends import trt as backend
+from edge.errors import EdgeError
+from export.build import ladder
+
+GENERATIONS = ("8.2", "8.6", "10.3", "11.4")  # numbers for tensors, both, names, no FP16 flag
+
+
+def board(generation, cache, **knobs):
+    """Environment of a command on a board with this TensorRT; its caches in the folder `cache`."""
+    env = child_env(generation, **knobs)
+    env.update(PYTHONPATH=os.pathsep.join([env["PYTHONPATH"], ROOT]), XDG_CACHE_HOME=os.path.join(str(cache), "cache"))
+    return env
+
+
+def build(trained, folder, generation, *words, **knobs):
+    """`python -m export model.onnx --out model.plan` in `folder`. Returns the ended process."""
+    os.makedirs(str(folder), exist_ok=True)
+    frames = os.path.join(trained["data"], "images")
+    return command("export", trained["model"], "--out", os.path.join(str(folder), "model.plan"), "--frames", frames, *words,
+                   env=board(generation, folder, **knobs))
+
+
+def run(folder, generation, engine, frame, **knobs):
+    return command("edge.cli", "--engine", engine, "--input", frame, "--output", os.path.join(str(folder), "out.png"),
+                   env=board(generation, folder, **knobs))
+
+
+@pytest.fixture(scope="module")
+def frame(trained):
+    return os.path.join(trained["data"], "images", "00.png")
+
+
+@pytest.fixture(scope="module")
+def expected(trained, frame, tmp_path_factory):
+    """The mask that ONNX Runtime computes."""
+    out = tmp_path_factory.mktemp("ort") / "out.png"
+    done = command("edge.cli", "--engine", trained["model"], "--input", frame, "--output", out)
+    assert done.returncode == 0, done.stderr
+    return np.asarray(Image.open(str(out)))
+
+
+@pytest.fixture(scope="module")
+def built(trained, tmp_path_factory):
+    """{generation: folder} with model.plan, built once per generation."""
+    made = {}
+
+    def get(generation):
+        if generation not in made:
+            folder = tmp_path_factory.mktemp("engine")
+            done = build(trained, folder, generation)
+            assert done.returncode == 0, done.stderr
+            made[generation] = folder
+        return made[generation]
+
+    return get
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_engine_gives_the_masks_of_onnx_runtime(generation, built, frame, expected):
+    folder = built(generation)
+    done = run(folder, generation, folder / "model.plan", frame)
+    assert done.returncode == 0 and "trt (TensorRT " + generation in done.stderr, done.stderr
+    assert (np.asarray(Image.open(str(folder / "out.png"))) == expected).all() and expected.any() and not expected.all()
+    made = json.loads((folder / "model.plan.json").read_text())
+    assert made["engine"]["precision"] == "float32" and made["parity"]["changed_share"] == 0
+    assert sorted(made["parity"]["stages"]) == ["encoder", "head"]
+    assert sorted(os.listdir(str(folder)))[:4] == ["cache", "model.head.plan", "model.plan", "model.plan.json"]
+
+
+@pytest.mark.parametrize("generation", ["8.2", "10.3", "11.4"])
+def test_half_precision_keeps_inputs_and_outputs_in_float32(generation, trained, frame, expected, tmp_path):
+    done = build(trained, tmp_path, generation, "--fp16")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "model.plan.json").read_text())
+    assert made["engine"]["precision"] == "float16" and made["parity"]["max_abs_error"] > 0
+    assert {t["dtype"] for s in made["stages"] for t in s["inputs"] + s["outputs"]} == {"float32"}
+    done = run(tmp_path, generation, tmp_path / "model.plan", frame)
+    assert done.returncode == 0, done.stderr
+    assert (np.asarray(Image.open(str(tmp_path / "out.png"))) != expected).mean() < 0.01
+
+
+def test_a_second_build_is_taken_from_the_cache(trained, tmp_path):
+    for words in ((), ("--no-reuse",), ("--fp16",)):
+        done = build(trained, tmp_path, "8.6", *words)
+        assert done.returncode == 0 and "taken from" not in done.stderr, done.stderr
+    done = build(trained, tmp_path, "8.6")
+    assert done.returncode == 0 and done.stderr.count("taken from") == 2, done.stderr
+
+
+@pytest.mark.parametrize("kill_mib", [600 + 8, 600 + 31, 600 + 32, 600 + 128, 600 + 511, 600 + 512])
+def test_a_builder_that_is_killed_tries_with_less(kill_mib, trained, tmp_path, monkeypatch, capsys):
+    """The double takes 600 MiB and the workspace; more than kill_mib and it dies as by the kernel."""
+    for name, value in board("8.2", tmp_path, kill_mib=kill_mib).items():
+        monkeypatch.setenv(name, value)
+    job = {"onnx": str(trained["folder"] / "model.head.onnx"), "plan": str(tmp_path / "a.plan"), "cache": str(tmp_path / "timing"),
+           "fp16": False, "float32": []}
+    ladder("head", job, 512)
+    said = capsys.readouterr().err
+    assert said.count("head: building") <= 5 and ("killed the builder" in said) == (kill_mib < 600 + 512)
+    assert os.path.getsize(job["plan"]) > 1000
+
+
+def test_a_board_too_small_to_build_says_so(trained, tmp_path):
+    done = build(trained, tmp_path, "8.2", kill_mib=600)
+    assert done.returncode == 3 and "killed for want of memory" in done.stderr and "swap" in done.stderr, done.stderr
+    assert not [name for name in os.listdir(str(tmp_path)) if "plan" in name or name.startswith(".")]
+
+
+def test_cudnn_is_loaded_only_where_nothing_else_works(trained, tmp_path):
+    done = build(trained, tmp_path, "8.2", needs_cudnn="1")
+    assert done.returncode == 0 and "with cuBLAS and cuDNN" in done.stderr, done.stderr
+
+
+def test_what_tensorrt_says_reaches_the_user(trained, tmp_path):
+    done = build(trained, tmp_path, "8.2", fail_build="no tactic for node Conv_3 on a Tuesday")
+    assert done.returncode == 5 and "on a Tuesday" in done.stderr, done.stderr
+
+
+def test_a_machine_without_tensorrt_says_where_engines_are_built(trained, tmp_path):
+    done = command("export", trained["model"], "--out", tmp_path / "model.plan", env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert done.returncode == 2 and "built on the board" in done.stderr, done.stderr
+
+
+@pytest.fixture
+def engine(built, tmp_path):
+    """A copy of the engine of 8.2 to spoil: the path of model.plan."""
+    for name in os.listdir(str(built("8.2"))):
+        if "plan" in name:
+            shutil.copy(str(built("8.2") / name), str(tmp_path / name))
+    return tmp_path / "model.plan"
+
+
+def edit(engine, change):
+    path = str(engine) + ".json"
+    with open(path) as handle:
+        made = json.load(handle)
+    change(made)
+    with open(path, "w") as handle:
+        json.dump(made, handle)
+
+
+def rehash(engine):
+    """Make the contract agree with whatever is in model.plan now."""
+    edit(engine, lambda made: made["stages"][0].update(sha256=contract.sha256(str(engine))))
+
+
+MISMATCHES = {
+    "another TensorRT": (lambda engine: edit(engine, lambda made: made["engine"].update(tensorrt="8.0.1.6")), 7, "8.0.1.6, here 8.2"),
+    "another GPU": (lambda engine: edit(engine, lambda made: made["engine"].update(
+        device="Orin", compute_capability="8.7")), 7, "8.7, here 5.3"),
+    "another model": (lambda engine: shutil.copy(str(engine).replace("model.plan", "model.head.plan"), str(engine)), 5, "sha256"),
+    "cut short": (lambda engine: engine.write_bytes(engine.read_bytes()[:1000]), 5, "sha256"),
+    "zero bytes": (lambda engine: engine.write_bytes(b""), 5, "sha256"),
+    "a text file": (lambda engine: engine.write_text("no plan"), 5, "sha256"),
+    "an edited contract": (lambda engine: edit(engine, lambda made: made["tile"].update(size=64)), 5, "ask for"),
+    "a stage missing": (lambda engine: os.remove(str(engine).replace("model.plan", "model.head.plan")), 5, "is missing"),
+    "no contract": (lambda engine: os.remove(str(engine) + ".json"), 5, "has no contract"),
+    "the contract of an ONNX file": (lambda engine: edit(engine, lambda made: made.pop("engine")), 5, "engine")}
+
+
+@pytest.mark.parametrize("kind", sorted(MISMATCHES))
+def test_what_does_not_match_is_refused_before_it_is_deserialised(kind, engine, monkeypatch):
+    trt, pycuda = install(monkeypatch, "8.2")
+    monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", lambda *unused: pytest.fail("it was deserialised"))
+    spoil, code, words = MISMATCHES[kind]
+    spoil(engine)
+    with pytest.raises(EdgeError) as error:
+        backend.Session(*contract.load(str(engine)))
+    assert error.value.exit_code == code and words in str(error.value), str(error.value)
+    pycuda.double.check_teardown()
+
+
+@pytest.mark.parametrize("content", [b"", b"no plan", os.urandom(5000)])
+def test_a_file_with_the_right_hash_that_is_no_plan(content, engine, frame, tmp_path):
+    engine.write_bytes(content)
+    rehash(engine)
+    done = run(tmp_path, "8.2", engine, frame)
+    assert done.returncode == 5 and "cannot load" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_runtime_that_crashes_takes_only_the_child(engine, frame, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tensorrt.py").write_text("import os, signal, sys\n__version__ = '8.2.1.8'\n"
+                                                     "if 'trial' in ' '.join(sys.argv): os.kill(os.getpid(), signal.SIGSEGV)\n")
+    env = board("8.2", tmp_path)
+    env["PYTHONPATH"] = str(tmp_path / "broken") + os.pathsep + env["PYTHONPATH"]
+    done = command("edge.cli", "--engine", engine, "--input", frame, "--output", tmp_path / "x.png", env=env)
+    assert done.returncode == 5 and "signal 11" in done.stderr, done.stderr
+
+
+def test_a_file_that_passed_is_not_tried_again(engine, frame, tmp_path, monkeypatch):
+    assert run(tmp_path, "8.2", engine, frame).returncode == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    install(monkeypatch, "8.2")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **more: pytest.fail("tried again"))
+    trial.demand(str(engine), "trt", contract.load(str(engine))[0])
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_session_gives_everything_back(generation, built, monkeypatch):
+    _trt, pycuda = install(monkeypatch, generation)
+    session = backend.Session(*contract.load(str(built(generation) / "model.plan")))
+    assert session.kind in ("device", "mapped", "managed")
+    tile = contract.load(str(built(generation) / "model.plan"))[0]["tile"]["size"]
+    with pytest.raises(EdgeError, match="shape"):
+        session.run("encoder", {"pixels": np.zeros((1, 3, tile, tile + 1), np.float32)})
+    session.close()
+    session.close()
+    pycuda.double.check_teardown()
+
+
+def test_features_stay_on_the_device(built, monkeypatch):
+    _trt, pycuda = install(monkeypatch, "8.6")
+    made, files = contract.load(str(built("8.6") / "model.plan"))
+    session = backend.Session(made, files)
+    pixels = np.random.RandomState(0).rand(1, 3, made["tile"]["size"], made["tile"]["size"]).astype(np.float32)
+    kept = session.run("encoder", {"pixels": pixels}, keep=True)["features"]
+    assert isinstance(kept.address, int) and not isinstance(kept, np.ndarray)
+    plain = session.run("encoder", {"pixels": pixels})["features"]
+    rest = {t["name"]: np.random.RandomState(1).rand(*t["shape"]).astype(np.float32)
+            for t in made["stages"][1]["inputs"] if t["name"] != "features"}
+    one, two = (session.run("head", dict(rest, features=f))["scores"] for f in (kept, plain))
+    assert np.array_equal(one, two) and one.any()
+    session.close()
+    pycuda.double.check_teardown()
+
+
+def test_another_thread_is_told_so(built, monkeypatch):
+    import threading
+    install(monkeypatch, "8.2")
+    session, caught = backend.Session(*contract.load(str(built("8.2") / "model.plan"))), []
+
+    def work():
+        try:
+            session.run("encoder", {})
+        except EdgeError as exc:
+            caught.append(str(exc))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    session.close()
+    assert caught and "second thread" in caught[0]
+
+
