@@ -10,12 +10,15 @@ from edge import contract, images, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import BadFile, UsageError
 from edge.optional import need
+from export import targets
 
 
 class ExportConfig(NamedTuple):
     source: str = ""
     out: str = ""
     tile_batch: int = 1
+    target: str = "nano"
+    check: bool = False
     tolerance: float = 1e-4
     frames: str = ""
     fp16: bool = False
@@ -30,6 +33,8 @@ HELPS = {
     "source": "a run folder (runs/train/last) or one of its checkpoints",
     "out": "the file to write, ending in .onnx; further stages and the contract go beside it. None given: SOURCE/model.onnx",
     "tile_batch": "tiles that go through the net together",
+    "target": "board or TensorRT release that the files are for: nothing is written that it cannot build (exit code 5)",
+    "check": "only say whether --target takes the ONNX file SOURCE",
     "tolerance": "largest difference of a score from the trained net's, of scores up to 10; larger ones may differ in "
                  "proportion. Beyond it nothing is written (exit code 4)",
     "fp16": "engines: compute in half precision (inputs and outputs stay float32)",
@@ -50,6 +55,11 @@ def main(argv):
         raise UsageError("what shall be exported? Type: python -m export runs/train/last --out model.onnx")
     if config.tile_batch < 1 or config.tolerance <= 0 or config.workspace < 1:
         raise UsageError("--tile-batch and --workspace must be 1 or more and --tolerance above 0")
+    targets.target(config.target)
+    if config.check and not config.source.endswith(".onnx"):
+        raise UsageError("--check looks at an .onnx file; %s is exported and checked in one: leave --check out" % config.source)
+    if config.check:
+        return _check(config)
     if config.source.endswith(".onnx"):
         return _build(config)
     torch, _onnx, _ort = need("torch"), need("onnx"), need("onnxruntime")
@@ -65,6 +75,19 @@ def main(argv):
     if config.json:
         print(json.dumps(report))
     return 0
+
+
+def _check(config):
+    """Will the target take a graph, ours or anybody's?"""
+    banner("export", "cpu", "onnx " + need("onnx").__version__)
+    found = targets.findings(config.source, config.target)
+    for finding in found:
+        say("%s: %s. Cure: %s" % finding)
+    say("%s: %d finding%s for %s (%s)" % (config.source, len(found), "" if len(found) == 1 else "s", config.target,
+                                          targets.target(config.target).about))
+    if config.json:
+        print(json.dumps({"target": config.target, "findings": [finding._asdict() for finding in found]}))
+    return BadFile.exit_code if found else 0
 
 
 def _build(config):
@@ -99,17 +122,20 @@ def export(path, out, config, backend):
     try:
         made, files = to_onnx.write(scratch, os.path.splitext(os.path.basename(out))[0], to_onnx.folded(net), trained,
                                     classes, recipe, pipeline)
+        for file in files.values():
+            targets.demand(file, config.target)
         with Segmenter(made, files, backend) as segmenter:
             measured = parity.compare((recipe,) + evaluate.torch_functions(net, "cpu"),
                                       (segmenter.recipe, segmenter.encode, segmenter.score), frames)
         say("%s pipeline: %s" % (pipeline, ", ".join("%s %.1f MB" % (os.path.basename(f), os.path.getsize(f) / 1e6)
                                                      for f in files.values())))
         operators = sorted(set(sum((to_onnx.operators(f) for f in files.values()), [])))
-        say("operators: %s" % " ".join(operators))
+        say("operators, all of them known to %s: %s" % (config.target, " ".join(operators)))
         allowed = parity.demand(measured, config.tolerance, out)
         say("parity with torch on %s: scores differ by at most %.2g (allowed %.2g), class of %.4f %% of the pixels" % (
             ", ".join(measured["frames"]), measured["max_abs_error"], allowed, 100 * measured["changed_share"]))
         made["parity"] = dict(measured, tolerance=allowed, against="torch, by " + backend.describe())
+        made["target"] = config.target
         made["trained"] = {"checkpoint": os.path.basename(path), "sha256": contract.sha256(path), "model": trained.model,
                            "width": trained.width, "mode": trained.mode, "frozen_norms": len(meta["frozen"]), "step": meta["step"]}
         for file in files.values():

@@ -61,10 +61,24 @@ def write_stage(path, module, inputs, output):
         torch.onnx.export(module, tuple(inputs.values()), path, opset_version=OPSET, input_names=list(inputs),
                           output_names=[output], do_constant_folding=True, **extra)
     model = onnx.load(path)
+    _own_weights(onnx, model.graph)
     model.ir_version = min(model.ir_version, IR_VERSION)
     onnx.checker.check_model(model)
     onnx.save(model, path)
     return shape
+
+
+def _own_weights(onnx, graph):
+    """Undo torch's sharing of equal weights: it puts an Identity before the second user of one, and TensorRT refuses a
+    convolution whose bias is computed."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "Identity"]:
+        if node.input[0] in weights:
+            copy = graph.initializer.add()
+            copy.CopyFrom(weights[node.input[0]])
+            copy.name = node.output[0]
+            weights[copy.name] = copy
+            graph.node.remove(node)
 
 
 def operators(path):
