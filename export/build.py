@@ -58,11 +58,9 @@ def _parity(exported, built, config, out):
     made, files = exported
     frames = [(name, parity.frame_window(picture)) for name, picture in frames_for(config.frames)]
     with Segmenter(made, files, ort) as first, Segmenter(built[0], built[1], trt) as second:
-        tap = first.session = parity.Tap(first.session)
-        report = parity.compare((first.recipe, first.encode, first.score), (second.recipe, second.encode, second.score), frames)
-        report["stages"] = parity.of_stages(tap.calls, second.session)
+        report, calls = parity.compare(first, second, frames)
     precision = built[0]["engine"]["precision"]
-    nodes = _spoiled(files, tap.calls, config) if precision == "float16" else []
+    nodes = _spoiled(files, calls, config) if precision == "float16" else []
     allowed, share = parity.demand_engine(report, precision, out, nodes)
     say("parity with the ONNX files on %s: scores differ by at most %.2g (allowed %.2g), class of %.4f %% of the pixels (allowed "
         "%.2f)" % (", ".join(report["frames"]), report["max_abs_error"], allowed, 100 * report["changed_share"], 100 * share))

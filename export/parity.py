@@ -1,5 +1,10 @@
-"""Do the exported files, or the engines built from them, give the same answers? The same frames through both, pixels to
-labels, and every stage on the same inputs."""
+"""Do the exported files, or the engines built from them, give the same answers? The same frames through both, from pixels to
+classes; where they part, the stage in which it begins is named.
+
+Stages, in the order of the data: prepare (pixels as the net gets them), interpolate (weights that bring the global feature to
+a tile), the net's own stages, stitch (tiles to image), decode (classes)."""
+import zlib
+
 import numpy as np
 
 from edge import images, scores
@@ -7,9 +12,10 @@ from edge.errors import ParityError
 
 ORDINARY_SCORE = 10.0  # scores up to this size count with their absolute error, larger ones with their relative error
 WINDOW_PX = 1536  # the middle of larger frames: enough tiles to judge, seconds instead of hours
-# of the engine's scores beside ONNX Runtime's, and of the pixels that may change their class
+# of an engine beside ONNX Runtime: error of a score up to ORDINARY_SCORE, share of pixels that may change their class
 ENGINE = {"float32": (1e-2, 5e-4), "float16": (2e-1, 5e-3)}
 STAGE_CALLS = 4  # inputs on which every stage is compared by itself
+INTERPOLATION = ("rows", "cols")
 
 
 def frame_window(picture):
@@ -19,51 +25,53 @@ def frame_window(picture):
     return images.ArrayPicture(np.array(picture.window(y, x, y + height, x + width)))
 
 
-def compare(reference, other, frames):
-    """reference, other: (recipe, encode, score) as score_bands() takes them, each with its own way to prepare pixels;
-    frames: list of (name, picture). Returns the contract's 'parity' without tolerance: largest difference of a score, the largest score, share of pixels whose class
-    changed, and per class the overlap (IoU) of where the two see it."""
-    worst, largest, changed, pixels, overlap = 0.0, 0.0, 0, 0, {}
-    for _name, picture in frames:
-        for (_y, a), (_y2, b) in zip(scores.score_bands(picture, *reference), scores.score_bands(picture, *other)):
-            worst = max(worst, float(np.abs(a - b).max()) if np.isfinite(b).all() else float("inf"))
-            largest = max(largest, float(np.abs(a).max()))
-            mine, theirs = scores.labels_of(a), scores.labels_of(b)
-            changed += int((mine != theirs).sum())
-            pixels += mine.size
-            for index in np.union1d(mine, theirs).tolist():
-                both, either = overlap.get(index, (0, 0))
-                overlap[index] = (both + int(((mine == index) & (theirs == index)).sum()),
-                                  either + int(((mine == index) | (theirs == index)).sum()))
-    return {"max_abs_error": worst, "largest_score": largest, "changed_share": float(changed) / pixels,
-            "class_iou": {str(index): float(both) / either for index, (both, either) in sorted(overlap.items())},
-            "frames": [name for name, _ in frames]}
+class TorchBackend:
+    """A trained PatchNet, norms not folded, in the place of a backend: the reference."""
+
+    def __init__(self, net):
+        self.net = net.cpu().eval()
+
+    def describe(self):
+        return "torch"
+
+    def Session(self, contract, files, threads=0):
+        return TorchSession(self.net, contract)
 
 
-def allowance(report, tolerance):
-    """What `tolerance` allows for the scores of a report: itself, or its multiple in proportion for nets whose scores are
-    larger (float32 itself rounds those by as much)."""
-    return tolerance * max(1.0, report["largest_score"] / ORDINARY_SCORE)
+class TorchSession:
+    """What edge.backends says of a Session."""
 
+    def __init__(self, net, contract):
+        self._net, self._stages = net, {stage["name"]: stage for stage in contract["stages"]}
 
-def demand(report, tolerance, out):
-    """Raise ParityError when the report is beyond what is allowed. Returns what was allowed."""
-    allowed = allowance(report, tolerance)
-    if not report["max_abs_error"] <= allowed:
-        raise ParityError("the exported files differ from the trained net: scores by %.3g (allowed %.3g), class of %.4f %% "
-                          "of the pixels, on %s. %s is not written. If that is acceptable: --tolerance %.1g" % (
-                              report["max_abs_error"], allowed, 100 * report["changed_share"],
-                              ", ".join(report["frames"]), out, 2 * report["max_abs_error"]))
-    return allowed
+    def tensors(self, stage, side):
+        return {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in self._stages[stage][side]}
+
+    def run(self, stage, inputs, keep=False):
+        import torch
+        given = {name: torch.from_numpy(np.array(array)) for name, array in inputs.items()}
+        with torch.no_grad():
+            if stage == "encoder":
+                return {"features": self._net.encoder(given["pixels"]).numpy()}
+            if stage == "head":
+                return {"scores": self._net.score(given["features"], given["overview"], given["rows"], given["cols"]).numpy()}
+            return {"scores": self._net(given["pixels"]).numpy()}
+
+    def close(self):
+        pass
 
 
 class Tap:
-    """A Segmenter's session that keeps the inputs and outputs of each stage's first calls."""
+    """A session that notes what goes in: checksums of all pixels and weights, and each stage's first calls whole."""
 
     def __init__(self, session):
-        self._session, self.calls = session, {}
+        self._session, self.calls, self.sums = session, {}, {"prepare": [], "interpolate": []}
 
     def run(self, stage, inputs, keep=False):
+        for name in inputs:
+            kind = "interpolate" if name in INTERPOLATION else "prepare" if name == "pixels" else None
+            if kind:
+                self.sums[kind].append(zlib.crc32(np.ascontiguousarray(inputs[name]).tobytes()))
         outputs = self._session.run(stage, inputs)
         if len(self.calls.setdefault(stage, [])) < STAGE_CALLS:
             self.calls[stage].append((inputs, outputs))
@@ -73,34 +81,92 @@ class Tap:
         self._session.close()
 
 
-def of_stages(calls, session):
-    """{stage: largest difference as a share of the largest value} of a session from what a Tap kept: every stage on the
-    reference's own inputs, so that the first that is wrong is named, not those behind it."""
+def compare(reference, other, frames):
+    """reference, other: Segmenters, each with its own way to prepare pixels; frames: list of (name, picture). Returns the
+    contract's 'parity' without tolerance: largest difference of a score, the largest score, share of pixels whose class
+    changed, per class the overlap (IoU) of where the two see it, and `stages`: by how much each is off, as a share."""
+    session = other.session
+    mine, theirs = Tap(reference.session), Tap(session)
+    worst, largest, changed, pixels, overlap = 0.0, 0.0, 0, 0, {}
+    reference.session, other.session = mine, theirs
+    try:
+        for _name, picture in frames:
+            ours = scores.score_bands(picture, reference.recipe, reference.encode, reference.score)
+            for (_y, a), (_y2, b) in zip(ours, scores.score_bands(picture, other.recipe, other.encode, other.score)):
+                worst = max(worst, _difference(a, b))
+                largest = max(largest, float(np.abs(a).max()))
+                one, two = scores.labels_of(a), scores.labels_of(b)
+                changed += int((one != two).sum()) if one.shape == two.shape else one.size
+                pixels += one.size
+                for index in np.union1d(one, two).tolist() if one.shape == two.shape else ():
+                    both, either = overlap.get(index, (0, 0))
+                    overlap[index] = (both + int(((one == index) & (two == index)).sum()),
+                                      either + int(((one == index) | (two == index)).sum()))
+    finally:
+        reference.session, other.session = mine._session, session
+    stages = {kind: _share_changed(mine.sums[kind], theirs.sums[kind]) for kind in ("prepare", "interpolate")}
+    stages.update(_of_stages(mine.calls, session))
+    stages["stitch"] = worst / (largest or 1.0)
+    stages["decode"] = float((reference.classes, reference.palette) != (other.classes, other.palette))
+    return {"max_abs_error": worst, "largest_score": largest, "changed_share": float(changed) / pixels, "stages": stages,
+            "class_iou": {str(index): float(both) / either for index, (both, either) in sorted(overlap.items())},
+            "frames": [name for name, _ in frames]}, mine.calls
+
+
+def _difference(a, b):
+    """Largest difference of two arrays; infinite when they have other shapes or one is not finite."""
+    return float(np.abs(a - b).max()) if a.shape == b.shape and np.isfinite(b).all() else float("inf")
+
+
+def _share_changed(mine, theirs):
+    if len(mine) != len(theirs):
+        return 1.0
+    return sum(a != b for a, b in zip(mine, theirs)) / float(len(mine) or 1)
+
+
+def _of_stages(calls, session):
+    """{stage: largest difference as a share of the largest value}: every stage of `session` on the reference's own inputs,
+    so that the first that is wrong is named, not those behind it."""
     found = {}
     for stage, kept in calls.items():
         worst = largest = 0.0
         for inputs, outputs in kept:
             got = session.run(stage, inputs)
             for name, array in outputs.items():
-                difference = np.abs(array - got[name]).max() if np.isfinite(got[name]).all() else float("inf")
-                worst, largest = max(worst, float(difference)), max(largest, float(np.abs(array).max()))
+                worst, largest = max(worst, _difference(array, got[name])), max(largest, float(np.abs(array).max()))
         found[stage] = worst / (largest or 1.0)
     return found
 
 
+def allowance(report, tolerance):
+    """What `tolerance` allows for the scores of a report: itself, or its multiple in proportion for nets whose scores are
+    larger (float32 itself rounds those by as much)."""
+    return tolerance * max(1.0, report["largest_score"] / ORDINARY_SCORE)
+
+
+def demand(report, tolerance, out, what="the exported files differ from the trained net", share=1.0, advice=""):
+    """Raise ParityError, naming the stage where it begins, when a report is beyond what is allowed: scores by `tolerance`
+    (see allowance()), classes of more than `share` of the pixels; preparing, interpolating and decoding must be the same.
+    Returns what was allowed for a score."""
+    allowed, stages = allowance(report, tolerance), report["stages"]
+    exact = [stage for stage in ("prepare", "interpolate", "decode") if stages[stage]]
+    if report["max_abs_error"] <= allowed and report["changed_share"] <= share and not exact:
+        return allowed
+    limit = allowed / (report["largest_score"] or 1.0)
+    begins = next((stage for stage, off in stages.items() if off > (0.0 if stage in exact else limit)), "stitch")
+    raise ParityError("%s: scores by %.3g (allowed %.3g), class of %.4f %% of the pixels%s, on %s. It begins in stage %s (off by "
+                      "%.2g of its largest value). %s is not written. %s" % (
+                          what, report["max_abs_error"], allowed, 100 * report["changed_share"],
+                          "" if share == 1.0 else " (allowed %.3f %%)" % (100 * share), ", ".join(report["frames"]), begins,
+                          stages[begins], out, advice or "If that is acceptable: --tolerance %.1g" % (2 * report["max_abs_error"])))
+
+
 def demand_engine(report, precision, out, spoiled=()):
-    """Raise ParityError, naming the stage, when engines of 'float32' or 'float16' differ from the ONNX files by too much.
-    spoiled: nodes that half precision is known to spoil. Returns (allowed error of a score, allowed share of pixels)."""
+    """demand() of engines of 'float32' or 'float16'. spoiled: nodes that half precision is known to spoil. Returns (allowed
+    error of a score, allowed share of pixels)."""
     tolerance, share = ENGINE[precision]
-    allowed = allowance(report, tolerance)
-    if report["max_abs_error"] <= allowed and report["changed_share"] <= share:
-        return allowed, share
-    stage = max(report["stages"], key=report["stages"].get)
     advice = "Export the model again and build once more."
     if precision == "float16":
-        advice = "Keep layers in float32: --float32 \"%s\"; or build without --fp16." % " ".join(spoiled[:3] or ["NODE"])
-    raise ParityError("the engine gives other answers than its ONNX files: scores differ by %.3g (allowed %.3g), class of %.3f %% "
-                      "of the pixels (allowed %.3f), on %s. It begins in stage %s, off by %.2g of its largest value%s. %s is not "
-                      "written. %s" % (report["max_abs_error"], allowed, 100 * report["changed_share"], 100 * share,
-                                       ", ".join(report["frames"]), stage, report["stages"][stage],
-                                       ", in layer %s" % spoiled[0] if spoiled else "", out, advice))
+        advice = "%sKeep it in float32: --float32 \"%s\"; or build without --fp16." % (
+            "Half precision spoils layer %s. " % spoiled[0] if spoiled else "", " ".join(spoiled[:3]) or "NODE")
+    return demand(report, tolerance, out, "the engine gives other answers than its ONNX files", share, advice), share
