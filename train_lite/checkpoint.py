@@ -61,46 +61,55 @@ def exists(path):
     return os.path.exists(path) or os.path.exists(previous(path))
 
 
-def read(path, ours=True):
-    """Returns (tensors: dict name -> array, meta: dict). ours: demand our checksum, as in every file we write;
-    False accepts any safetensors file. Raises BadFile when it is cut short, altered or something else."""
+def read(path, ours=True, prefix=""):
+    """Returns (tensors: dict name -> writable array, meta: dict). ours: demand our checksum, as in every file we write;
+    False accepts any safetensors file. prefix: of the names to keep; the others are only checked, one at a time. Raises
+    BadFile when it is cut short, altered or something else."""
     try:
         with open(path, "rb") as handle:
             size = struct.unpack("<Q", handle.read(8))[0]
             if size > HEADER_LIMIT:
                 raise ValueError("the header would have %d bytes" % size)
             header = json.loads(handle.read(size).decode("utf-8"))
-            data = np.frombuffer(handle.read(), np.uint8)
-        metadata = header.pop("__metadata__", {})
-        tensors, blobs = {}, []
-        for name in sorted(header):
-            begin, end = header[name]["data_offsets"]
-            blob = data[begin:end]
-            blobs.append(blob)
-            tensors[name] = blob.view(DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
-            if blob.nbytes != end - begin:
-                raise ValueError("it is cut short: %s is missing" % name)
-        if ours:
+            metadata, tensors = header.pop("__metadata__", {}), {}
+            left = os.fstat(handle.fileno()).st_size - 8 - size
+
+            def blobs():
+                for name in sorted(header):
+                    begin, end = header[name]["data_offsets"]
+                    if not 0 <= begin <= end <= left:
+                        raise ValueError("it is cut short: %s is missing" % name)
+                    blob = np.empty(end - begin, np.uint8)
+                    handle.seek(8 + size + begin)
+                    if handle.readinto(blob) != len(blob):
+                        raise ValueError("it is cut short: %s is missing" % name)
+                    if name.startswith(prefix):
+                        tensors[name] = blob.view(DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+                    yield blob
+
+            if not ours:
+                for _blob in blobs():
+                    pass
+                return tensors, metadata
             text = metadata["nanopatch"]
-            if _digest(header, text, blobs) != metadata["sha256"]:
+            if _digest(header, text, blobs()) != metadata["sha256"]:
                 raise ValueError("its checksum is wrong")
             return tensors, json.loads(text)
-        return tensors, metadata
     except FileNotFoundError as exc:
         raise BadFile("no such checkpoint: %s" % path) from exc
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as exc:
         raise BadFile("%s is damaged or no checkpoint: %s" % (path, exc)) from exc
 
 
-def read_newest(path, drop_damaged=False):
+def read_newest(path, drop_damaged=False, prefix=""):
     """As read(), but falls back to the older generation when `path` is damaged or gone, and says so. drop_damaged: a
     damaged `path` is deleted, so that the next write() cannot put it in the place of the good older one."""
     try:
-        return read(path)
+        return read(path, prefix=prefix)
     except BadFile as exc:
         if not os.path.exists(previous(path)):
             raise BadFile("%s. There is no older one beside it: train again" % exc) from exc
-        found = read(previous(path))
+        found = read(previous(path), prefix=prefix)
         say("warning: %s; taking the one before it, %s" % (exc, previous(path)))
         if drop_damaged and os.path.exists(path):
             os.remove(path)

@@ -92,6 +92,7 @@ def end_epoch(problem, run, state, started):
         state.best = score
         state.save(run.best, problem)
     if result or last:
+        phases.mark("validate")
         for stored in (problem.val or problem.train)[:SAMPLES]:
             pictures.comparison(stored, label_bands(state.net, stored.picture, problem.recipe, problem.device),
                                 problem.classes.palette, run.sample(stored.pair.name))

@@ -9,6 +9,7 @@ from edge.errors import OverBudget, UsageError, raise_all
 from edge.images import fitted_size, photo_header
 from edge.optional import need
 from jetson import phases
+from jetson.memory import peak_rss_mib
 from train_lite import checkpoint, dataset, demo, store
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings
 from train_lite.runfolder import RunFolder
@@ -161,13 +162,16 @@ def _report(config, problem, start, run, result, seconds):
     """Score the best net on the test images, if any, and say where everything is."""
     from train_lite.evaluate import evaluate
     from train_lite.state import restore
+    phases.mark("validate")
     summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_iou": start.best if problem.val else None,
                "val": result, "test": None}
     if problem.test:
+        start.net = start.optimizer = None  # make room: the best net takes its place
         best = restore(run.best)[0].to(problem.device)
         summary["test"] = evaluate(best, problem.test, problem.recipe, len(problem.classes.names), problem.device)
         say("test  IoU %.3f  F1 %.3f (best net, %d images)" % (
             summary["test"]["pooled"]["iou"], summary["test"]["pooled"]["f1"], len(problem.test)))
+    summary["peak_mib"] = peak_rss_mib()
     with open(os.path.join(run.path, "summary.json"), "w", encoding="utf-8") as handle:
         json.dump(summary, handle, indent=1)
     say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))

@@ -147,7 +147,7 @@ def _moments(state, tensors, kind):
     for key, value in tensors.items():
         if key.startswith("adamw."):
             _, part, name = key.split(".", 2)
-            by_name.setdefault(name, {})[part] = torch.from_numpy(value.copy())
+            by_name.setdefault(name, {})[part] = torch.from_numpy(value)
     return [] if kind == "sgd" or not by_name else [by_name[name] for name, _ in state.net.named_parameters()]
 
 
@@ -162,7 +162,7 @@ def _build(config, classes, frozen):
 def _load(net, tensors, path):
     """Put the tensors 'net.*' of a checkpoint into `net`. Raises BadFile when they do not fit."""
     try:
-        net.load_state_dict({name[4:]: torch.from_numpy(value.copy()) for name, value in tensors.items()
+        net.load_state_dict({name[4:]: torch.from_numpy(value) for name, value in tensors.items()
                              if name.startswith("net.")})
     except RuntimeError as exc:
         raise BadFile("%s does not fit the net that its config describes: %s" % (path, str(exc).splitlines()[-1])) from exc
@@ -183,7 +183,7 @@ def new(problem):
 def restore(path):
     """The trained net in a checkpoint file, in eval mode, and what it was trained for.
     Returns (net, config, classes, tile px, meta). Raises BadFile."""
-    tensors, meta = checkpoint.read_newest(path)
+    tensors, meta = checkpoint.read_newest(path, prefix="net.")
     try:
         config = TrainConfig(**meta["config"])
         classes = Classes(**dict(meta["classes"], palette=tuple(map(tuple, meta["classes"]["palette"]))))
@@ -198,7 +198,7 @@ def load_encoder(net, path, allow_pickle):
     """Pretrained weights for net.encoder, by name: .safetensors, or torchvision's .pth. Layers of another shape (the
     last one always) keep their random start. Returns (parameters loaded, parameters in all)."""
     if path.endswith(".safetensors"):
-        found = {name: torch.from_numpy(value.copy()) for name, value in checkpoint.read(path, ours=False)[0].items()}
+        found = {name: torch.from_numpy(value) for name, value in checkpoint.read(path, ours=False)[0].items()}
     else:
         found = _read_pth(path, allow_pickle)
     found = {name[len("net.encoder."):] if name.startswith("net.encoder.") else name: value for name, value in found.items()}

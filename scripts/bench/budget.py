@@ -3,12 +3,11 @@
     sudo python scripts/bench/budget.py --work FOLDER [--runs 30] [--only SUBSTRING]
 
 Every run is `python -m train_lite --budget B` in a control group of exactly B without swap (scripts/nano-sim): the kernel kills
-what takes more. One image of the asked side, 2 rounds of PatchGD (moments beside activations), and a validation image as wide and 128 px high, so that
-every phase runs: reading, plan, both passes, step, validation, checkpoint. Columns: what the plan predicted and what one
+what takes more. One image of the asked side, 2 rounds of PatchGD (moments beside activations), and a validation and a test image as wide and 128 px high, so
+that every phase runs: reading, plan, both passes, step, validation, checkpoint, the best net on the test image. Columns: what the plan predicted and what one
 chunk measured (MiB, supervisor apart), the process's peak (VmHWM), their ratio, the exit code (3: refused), seconds until a
 refusal, kernel kills. Images stay in --work and are used again."""
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -37,10 +36,10 @@ def cases(count):
 
 
 def data(work, side):
-    """A folder with one training image and one strip for validation."""
-    folder = os.path.join(work, "side-%d" % side)
+    """A folder with one training image and a strip each for validation and test."""
+    folder = os.path.join(work, "images-%d" % side)
     if not os.path.exists(os.path.join(folder, "done")):
-        for split, height in (("train", side), ("val", 128)):
+        for split, height in (("train", side), ("val", 128), ("test", 128)):
             paths = [os.path.join(folder, split, kind, "0.png") for kind in ("image", "mask")]
             for path in paths:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -66,10 +65,9 @@ def run(work, budget, side, net, width, extra):
         r"one chunk measured: (\d+)", text, -SUPERVISOR_MIB), "peak": None, "code": done.returncode, "seconds": seconds}
     with open(facts) as handle:
         row["kills"] = json.load(handle)["oom_kills"]
-    table = os.path.join(out, name, "metrics.csv")
     if done.returncode == 0:
-        with open(table, newline="") as handle:
-            row["peak"] = float(list(csv.DictReader(handle))[-1]["peak_mib"])
+        with open(os.path.join(out, name, "summary.json")) as handle:
+            row["peak"] = json.load(handle)["peak_mib"]
     elif done.returncode != 3:
         sys.stderr.write(text)
     return row
