@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import ROOT, command, real_data, write_set
 from train_lite import checkpoint
@@ -156,3 +157,13 @@ def test_cuda_gives_the_losses_of_the_cpu(tmp_path):
     for device in ("cpu", "cuda"):
         losses.append(losses_of(train(tmp_path, "--device", device, "--name", device))[:3])
     assert np.allclose(losses[0], losses[1], rtol=1e-2)
+
+
+def test_a_best_net_is_kept_even_where_there_is_nothing_to_find(tmp_path):
+    """Masks without foreground, and none predicted: every score is undefined."""
+    data = write_set(tmp_path / "set", count=4)
+    for name in os.listdir(os.path.join(data, "masks")):
+        Image.fromarray(np.zeros((40, 56), np.uint8)).save(os.path.join(data, "masks", name))
+    words = ("--data", data, "--out", tmp_path / "runs", "--name", "run") + SMALL + ("--epochs", 6, "--lr", 1e-2)
+    assert main([str(word) for word in words]) == 0
+    assert checkpoint.exists(str(tmp_path / "runs" / "run" / "best.safetensors"))

@@ -88,6 +88,8 @@ def end_epoch(problem, run, state, started):
         row.update(result["pooled"], **{"compat_" + name: value for name, value in result["paper_compat"].items()})
         text = "  val IoU %.3f  F1 %.3f" % (row["iou"], row["f1"])
     score = row.get("iou", state.best if problem.val else state.epoch)
+    if np.isnan(score):  # validation images that hold nothing, of which nothing was said
+        score = 0.0
     if score > state.best:
         state.best = score
         state.save(run.best, problem)
