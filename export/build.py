@@ -111,8 +111,7 @@ def _stage(stage, source, plan, facts, config):
 def ladder(name, job, most_mib):
     """Attempts until one succeeds: less workspace when the kernel kills the child; the libraries cuBLAS and cuDNN, which cost
     hundreds of MB, only when TensorRT finds no way without them."""
-    left, lean, said = [mib for mib in WORKSPACES_MIB if mib < most_mib], True, ""
-    workspace = most_mib
+    left, lean, workspace = [mib for mib in WORKSPACES_MIB if mib < most_mib], True, most_mib
     while True:
         say("%s: building, workspace %d MiB%s; this takes minutes on a Nano" % (
             name, workspace, "" if lean else ", with cuBLAS and cuDNN"))
@@ -120,8 +119,8 @@ def ladder(name, job, most_mib):
         if answer is not None and answer["failed"] is None:
             return
         if answer is not None and lean:
-            lean, said = False, answer["failed"]
-            say("%s: TensorRT found no way without cuBLAS and cuDNN (%s)" % (name, said))
+            lean = False
+            say("%s: TensorRT found no way without cuBLAS and cuDNN (%s)" % (name, answer["failed"]))
         elif answer is not None:
             raise BadFile("TensorRT cannot build %s: %s. What the target takes: python -m export MODEL.onnx --target nano"
                           % (name, answer["failed"]))

@@ -131,6 +131,7 @@ def test_seeded_fault_is_stopped_in_its_stage(name, tmp_path):
 SOUND = list(itertools.product(("unet", "deeplabv3"), ("group", "frozen"), ("concat", "add", "none"), (1, 3)))[:20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, kind, fusion, outputs", SOUND)
 def test_sound_export_raises_no_alarm(model, kind, fusion, outputs, tmp_path):
     report = gate(*exported(tmp_path, model, kind, fusion, outputs, seed=len(model) + outputs))

@@ -269,6 +269,7 @@ def test_sound_graph_passes_everywhere(name):
         assert findings(GOOD[name], board) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "deeplabv3"])
 @pytest.mark.parametrize("norm", ["group", "batch", "frozen"])
 def test_our_own_nets_pass_everywhere(tmp_path, name, norm):

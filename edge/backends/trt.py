@@ -53,7 +53,7 @@ class Session:
     def __init__(self, contract, files, threads=0):
         self._trt = need("tensorrt")
         self._gpu = Gpu()
-        self._stages, self._runtime = collections.OrderedDict(), None
+        self._stages, self._runtime, self._scratch = collections.OrderedDict(), None, None
         try:
             demand_match(contract, self._trt.__version__, self._gpu)
             self._log = logger(self._trt)
@@ -124,7 +124,7 @@ class Session:
             stage.end()
         self._stages.clear()
         self._runtime = None
-        if getattr(self, "_scratch", None) is not None:
+        if self._scratch is not None:
             self._scratch.free()
             self._scratch = None
         self._gpu.close()
