@@ -13,7 +13,7 @@ import numpy as np
 
 from edge import backends, contract
 from edge.command import cache_home, guarded, written
-from edge.errors import BadFile, EngineMismatch, OverBudget, UsageError
+from edge.errors import BadFile, EdgeError, EngineMismatch, OverBudget, UsageError
 
 BY_CODE = {error.exit_code: error for error in (UsageError, OverBudget, EngineMismatch)}
 LIMIT_S = 300  # a Nano takes a minute to load CUDA and a large plan from a card
@@ -58,6 +58,15 @@ def _mark(name, made):
     return os.path.join(cache_home(), "loaded", hashlib.sha256(text.encode()).hexdigest()[:32])
 
 
+def _run(session, stage):
+    try:
+        session.run(stage["name"], {tensor["name"]: np.zeros(tensor["shape"], tensor["dtype"]) for tensor in stage["inputs"]})
+    except EdgeError:
+        raise
+    except Exception as exc:  # runtimes raise classes of their own
+        raise BadFile("%s loads but does not run: %s. Export it again" % (stage["file"], str(exc).strip().splitlines()[0])) from exc
+
+
 @guarded
 def main(argv):
     engine, name = argv
@@ -67,7 +76,7 @@ def main(argv):
         for stage in made["stages"]:
             for side in ("inputs", "outputs"):
                 contract.check_tensors(stage, side, session.tensors(stage["name"], side))
-            session.run(stage["name"], {tensor["name"]: np.zeros(tensor["shape"], tensor["dtype"]) for tensor in stage["inputs"]})
+            _run(session, stage)
     finally:
         session.close()
     return 0
