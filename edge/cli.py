@@ -63,8 +63,8 @@ def main(argv):
     check(config)
     made, files = contract.load(config.engine)
     backend = backends.choose(config.backend, config.engine)
-    banner("edge-run", "cpu" if backend.__name__.endswith(".ort") else "gpu", backend.describe())
-    trial.demand(config.engine, backend.__name__.rpartition(".")[2], made)
+    banner("edge-run", backend.DEVICE, backend.describe())
+    trial.demand(config.engine, backend.NAME, made)
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
     source = open_source(config.input, limit)
     with Segmenter(made, files, backend, config.threads, config.resize) as pipeline:

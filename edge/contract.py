@@ -2,9 +2,11 @@
 
 The schema is contract.schema.json. Nothing here trusts a file: sizes, hashes and names are checked before any
 runtime sees a byte of the model."""
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 
 from edge import schema
 from edge.command import read_json, written
@@ -38,6 +40,21 @@ def write(path, contract):
     assert not wrong, wrong
     with written(path) as handle:
         json.dump(contract, handle, indent=1, sort_keys=True)
+
+
+@contextlib.contextmanager
+def publishing(out):
+    """Yields (scratch folder, publish) for making the model file `out`. publish(contract) moves the stages' files out of
+    the scratch folder, and the contract last, which makes them valid; without it nothing of them remains."""
+    folder = os.path.dirname(os.path.abspath(out))
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
+        def publish(contract):
+            for stage in contract["stages"]:
+                os.replace(os.path.join(scratch, stage["file"]), os.path.join(folder, stage["file"]))
+            write(path_beside(os.path.join(folder, os.path.basename(out))), contract)
+
+        yield scratch, publish
 
 
 def load(model):

@@ -1,12 +1,10 @@
 """Export a checkpoint to ONNX with its contract, and check that the files give the trained net's answers."""
 import json
 import os
-import shutil
 import sys
-import tempfile
 from typing import NamedTuple
 
-from edge import contract, images, trial
+from edge import contract, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import BadFile, UsageError
 from edge.optional import need
@@ -45,7 +43,6 @@ HELPS = {
     "json": "print one JSON object on stdout at the end",
     "debug": "show the traceback of an error",
 }
-PARITY_FRAMES = 2
 
 
 @guarded
@@ -70,7 +67,10 @@ def main(argv):
         raise UsageError("--out %s: expected a name ending in .onnx" % out)
     from edge.backends import ort
     banner("export", "cpu", "torch %s, %s" % (torch.__version__, ort.describe()))
-    report = export(path, out, config, ort)
+    return _finish(config, out, export(path, out, config, ort))
+
+
+def _finish(config, out, report):
     say("next: edge-run --engine %s --input frame.png" % out)
     if config.json:
         print(json.dumps(report))
@@ -98,11 +98,7 @@ def _build(config):
     if not out.endswith(".plan"):
         raise UsageError("--out %s: expected a name ending in .plan; %s is exported already" % (out, config.source))
     banner("export", "TensorRT", ort.describe())
-    report = build.build(config.source, out, config)
-    say("next: edge-run --engine %s --input frame.png" % out)
-    if config.json:
-        print(json.dumps(report))
-    return 0
+    return _finish(config, out, build.build(config.source, out, config))
 
 
 def export(path, out, config, backend):
@@ -115,18 +111,16 @@ def export(path, out, config, backend):
     settings = mode_settings(trained)
     recipe = evaluate.recipe(settings, tile, config.tile_batch)
     pipeline = to_onnx.pipeline_of(trained, settings.fusion)
-    frames = [(name, parity.frame_window(picture)) for name, picture in _frames(config, trained)]
-    folder = os.path.dirname(os.path.abspath(out))
-    os.makedirs(folder, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=".export-", dir=folder)
-    try:
+    frames = parity.chosen(config.frames, [] if config.frames else _validation(trained))
+    with contract.publishing(out) as (scratch, publish):
         made, files = to_onnx.write(scratch, os.path.splitext(os.path.basename(out))[0], to_onnx.folded(net), trained,
                                     classes, recipe, pipeline)
         for file in files.values():
             targets.demand(file, config.target)
         with Segmenter(made, files, backend) as segmenter, Segmenter(made, files, parity.TorchBackend(net)) as reference:
             # not what the contract says of them, but what they were trained with
-            reference.recipe, reference.classes, reference.palette = recipe, list(classes.names), [tuple(colour) for colour in classes.palette]
+            reference.recipe, reference.classes = recipe, list(classes.names)
+            reference.palette = [tuple(colour) for colour in classes.palette]
             measured, _calls = parity.compare(reference, segmenter, frames)
         say("%s pipeline: %s" % (pipeline, ", ".join("%s %.1f MB" % (os.path.basename(f), os.path.getsize(f) / 1e6)
                                                      for f in files.values())))
@@ -139,29 +133,20 @@ def export(path, out, config, backend):
         made["target"] = config.target
         made["trained"] = {"checkpoint": os.path.basename(path), "sha256": contract.sha256(path), "model": trained.model,
                            "width": trained.width, "mode": trained.mode, "frozen_norms": len(meta["frozen"]), "step": meta["step"]}
-        for file in files.values():
-            os.replace(file, os.path.join(folder, os.path.basename(file)))
-        contract.write(contract.path_beside(os.path.join(folder, os.path.basename(out))), made)  # last: makes them valid
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        publish(made)
     trial.passed("ort", made)
     return {"out": out, "pipeline": pipeline, "operators": operators, "parity": made["parity"]}
 
 
-def _frames(config, trained):
-    """The (name, picture) to compare on: --frames, else validation images, else a test picture."""
-    from edge.sources import find_files, open_source
+def _validation(trained):
+    """(name, path) of the run's validation images; [] where its data is not here."""
     from train_lite import dataset
-    if config.frames:
-        return [(path, images.open_photo(path)) for path in find_files(config.frames)[:PARITY_FRAMES]]
     data = trained.data or os.path.join("runs", "demo-%d" % trained.res)
     try:
         pairs = dataset.find_pairs(data, trained.val_share, trained.group_by)
-        chosen = [p for p in pairs if p.split == "val"] or pairs
-        return [(p.name, images.open_photo(p.image)) for p in chosen[:PARITY_FRAMES]]
     except (BadFile, UsageError):
-        say("warning: the training data is not here (%s); comparing on a test picture. Give real ones with --frames" % data)
-        return [(f.origin, f.open()) for f in open_source("synthetic://1024x768", 1)]
+        return []
+    return [(pair.name, pair.image) for pair in [p for p in pairs if p.split == "val"] or pairs]
 
 
 if __name__ == "__main__":

@@ -8,14 +8,28 @@ import zlib
 import numpy as np
 
 from edge import images, scores
+from edge.command import say
 from edge.errors import ParityError
+from edge.sources import find_files, open_source
 
 ORDINARY_SCORE = 10.0  # scores up to this size count with their absolute error, larger ones with their relative error
+FRAMES = 2
 WINDOW_PX = 1536  # the middle of larger frames: enough tiles to judge, seconds instead of hours
 # of an engine beside ONNX Runtime: error of a score up to ORDINARY_SCORE, share of pixels that may change their class
 ENGINE = {"float32": (1e-2, 5e-4), "float16": (2e-1, 5e-3)}
 STAGE_CALLS = 4  # inputs on which every stage is compared by itself
 INTERPOLATION = ("rows", "cols")
+EXACT = ("prepare", "interpolate", "decode")  # stages that are the same code on both sides: no difference is allowed
+
+
+def chosen(pattern, otherwise):
+    """The (name, picture) to compare on: files of `pattern`; without it the pairs (name, path) of `otherwise`; with neither
+    a test picture, and a warning."""
+    pairs = [(path, path) for path in find_files(pattern)] if pattern else otherwise
+    if pairs:
+        return [(name, frame_window(images.open_photo(path))) for name, path in pairs[:FRAMES]]
+    say("warning: no images to compare on are here; comparing on a test picture. Give some of your own with --frames")
+    return [(frame.origin, frame_window(frame.open())) for frame in open_source("synthetic://1024x768", 1)]
 
 
 def frame_window(picture):
@@ -144,16 +158,21 @@ def allowance(report, tolerance):
     return tolerance * max(1.0, report["largest_score"] / ORDINARY_SCORE)
 
 
+def passes(report, tolerance, share):
+    """Whether a report is within what is allowed; see demand()."""
+    exact = not any(report["stages"][stage] for stage in EXACT)
+    return report["max_abs_error"] <= allowance(report, tolerance) and report["changed_share"] <= share and exact
+
+
 def demand(report, tolerance, out, what="the exported files differ from the trained net", share=1.0, advice=""):
     """Raise ParityError, naming the stage where it begins, when a report is beyond what is allowed: scores by `tolerance`
     (see allowance()), classes of more than `share` of the pixels; preparing, interpolating and decoding must be the same.
     Returns what was allowed for a score."""
     allowed, stages = allowance(report, tolerance), report["stages"]
-    exact = [stage for stage in ("prepare", "interpolate", "decode") if stages[stage]]
-    if report["max_abs_error"] <= allowed and report["changed_share"] <= share and not exact:
+    if passes(report, tolerance, share):
         return allowed
     limit = allowed / (report["largest_score"] or 1.0)
-    begins = next((stage for stage, off in stages.items() if off > (0.0 if stage in exact else limit)), "stitch")
+    begins = next((stage for stage, off in stages.items() if off > (0.0 if stage in EXACT else limit)), "stitch")
     raise ParityError("%s: scores by %.3g (allowed %.3g), class of %.4f %% of the pixels%s, on %s. It begins in stage %s (off by "
                       "%.2g of its largest value). %s is not written. %s" % (
                           what, report["max_abs_error"], allowed, 100 * report["changed_share"],

@@ -51,12 +51,13 @@ def _constants(node, scope):
                 yield "%s wants constant %s; %r is computed" % (node.op_type, what, name), cure
 
 
-def _ranks(least, most, text):
+def _ranks(least, most, text, inputs=1, cure="reshape around it"):
+    """The rule that a node's first `inputs` have from `least` to `most` dimensions."""
     def rule(node, scope):
-        shape = dims(scope, operand(node, 0))
-        if shape is not None and not least <= len(shape) <= most:
-            yield "%s takes %s; %r has %d dimensions" % (node.op_type, text, node.input[0], len(shape)), \
-                "reshape around it"
+        for name in node.input[:inputs]:
+            shape = dims(scope, name)
+            if shape is not None and not least <= len(shape) <= most:
+                yield "%s takes %s; %r has %d dimensions" % (node.op_type, text, name, len(shape)), cure
     return rule
 
 
@@ -146,13 +147,6 @@ def _topk(node, scope):
         yield "TopK gives at most %d values, not %d" % (TOPK_LARGEST, k[0]), "ask for fewer, or sort outside the engine"
 
 
-def _nms(node, scope):
-    for name in node.input[:2]:
-        shape = dims(scope, name)
-        if shape is not None and len(shape) != 3:
-            yield "NonMaxSuppression wants boxes and scores of rank 3; %r has %d" % (name, len(shape)), "reshape before it"
-
-
 def _einsum(node, scope):
     if scope.version >= (10, 0):
         return
@@ -180,13 +174,6 @@ def _clip(node, scope):
     if computed and kind not in ("", "FP32", "INT32", "INT64") and scope.version < (10, 0):
         yield "Clip with a computed bound (%r) takes FP32 or INT32 only, got %s" % (computed[0], kind), \
             "give the bounds as numbers, or use Min and Max"
-
-
-def _matrix(node, scope):
-    for name in node.input[:2]:
-        shape = dims(scope, name)
-        if shape is not None and len(shape) != 2:
-            yield "Gemm takes matrices only; %r has %d dimensions" % (name, len(shape)), "use MatMul, or Flatten before it"
 
 
 def _split(node, scope):
@@ -260,8 +247,10 @@ RULES = (
     ("InstanceNormalization", _ranks(3, 5, "rank 3 to 5")),
     ("MaxPool AveragePool", _ranks(4, 5, "2 or 3 spatial dimensions")),
     ("MaxPool AveragePool LpPool", _pool), ("Resize", _resize), ("Upsample", _upsample), ("Pad", _pad),
-    ("Scatter ScatterElements ScatterND", _scatter), ("TopK", _topk), ("NonMaxSuppression", _nms), ("Einsum", _einsum),
-    ("Clip", _clip), ("Gemm", _matrix), ("Split", _split), ("Range", _range), ("LSTM GRU RNN", _recurrent),
+    ("Scatter ScatterElements ScatterND", _scatter), ("TopK", _topk), ("Einsum", _einsum),
+    ("NonMaxSuppression", _ranks(3, 3, "boxes and scores of rank 3", inputs=2)),
+    ("Gemm", _ranks(2, 2, "matrices only", inputs=2, cure="use MatMul, or Flatten before it")),
+    ("Clip", _clip), ("Split", _split), ("Range", _range), ("LSTM GRU RNN", _recurrent),
     ("ReverseSequence", _sequence), ("QuantizeLinear DequantizeLinear", _zero_point), ("GridSample", _sampled),
     ("Constant", _constant), ("LayerNormalization", _first_output), ("If", _branches),
 )

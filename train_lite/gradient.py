@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from jetson import phases
-from train_lite.half import LossScale, precision
+from train_lite.half import LossScale, apply
 from train_lite.models.norm import set_updating
 from train_lite.optimizer import SLAB
 from train_lite.patches import draw
@@ -70,17 +70,13 @@ class Gradient:
         torch.manual_seed(seed)  # both passes over a chunk drop the same units
         # not features[chunk.image]: the gradient of indexing adds in whatever order the threads come
         g = None if features is None else torch.stack([features[v] for v in chunk.image])
-        with precision(chunk.pixels.device, self.loss_scale.half):
-            scores = self.net(chunk.pixels, g, chunk.rows, chunk.cols)
-        return self.loss.sums(scores.float() if self.loss_scale.half else scores, chunk.labels)
+        scores = apply(self.net, self.loss_scale.half, chunk.pixels, g, chunk.rows, chunk.cols)
+        return self.loss.sums(scores, chunk.labels)
 
     def _encode_overviews(self, batch, seed, which):
         """Global features of the images `which`, a list of int, of a batch."""
         torch.manual_seed(seed)
-        pixels = batch.overviews(which)
-        with precision(pixels.device, self.loss_scale.half):
-            features = self.net.encoder(pixels)
-        return features.float() if self.loss_scale.half else features
+        return apply(self.net.encoder, self.loss_scale.half, batch.overviews(which))
 
     def _features(self, batch, seed):
         """Global features of all images of a batch (B, 8, q, q), without graph; None when the net takes none."""

@@ -1,20 +1,16 @@
 """Half precision on CUDA with a scaled loss (Micikevicius et al. 2018, arXiv 1710.03740, sections 3.1 and 3.2): layers compute in
 float16; weights, moments and all sums over pixels stay float32."""
-import contextlib
-
 import torch
 
 START, GROW_AFTER, LEAST, MOST = 1.0, 200, 2.0 ** -20, 2.0 ** 20  # gradients per pixel are of order 1 (gradient.py)
 
 
-@contextlib.contextmanager
-def precision(device, half):
-    """The context in which a net is applied on `device`, a torch.device."""
+def apply(net, half, pixels, *rest):
+    """net(pixels, *rest), its layers in float16 when `half`; then the result is float32 again."""
     if not half:
-        yield
-        return
-    with torch.autocast(device.type, dtype=torch.float16):
-        yield
+        return net(pixels, *rest)
+    with torch.autocast(pixels.device.type, dtype=torch.float16):
+        return net(pixels, *rest).float()
 
 
 class LossScale:

@@ -1,4 +1,4 @@
-"""Who computes a model's stages. A backend module has `describe()` and a class `Session(contract, files, threads)` with
+"""Who computes a model's stages. A backend module has NAME, DEVICE, `describe()` and a class `Session(contract, files, threads)` with
 `tensors(stage, side)` -> {name: (dtype, shape)}, `run(stage, {name: array}, keep=False) -> {name: array}` and `close()`.
 With keep, a backend may return handles to what it holds on its device; run() takes those as inputs too."""
 import importlib

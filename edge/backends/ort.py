@@ -2,6 +2,7 @@
 from edge.errors import BadFile
 from edge.optional import need
 
+NAME, DEVICE = "ort", "cpu"
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8",
           "tensor(int32)": "int32", "tensor(int64)": "int64"}
 
@@ -17,6 +18,7 @@ class Session:
 
     def __init__(self, contract, files, threads=0):
         self._loaded = {stage: _load(path, threads) for stage, path in files.items()}
+        self._outputs = {stage: [node.name for node in session.get_outputs()] for stage, session in self._loaded.items()}
 
     def tensors(self, stage, side):
         """side 'inputs' or 'outputs' -> {name: (dtype name, shape list)}."""
@@ -26,9 +28,8 @@ class Session:
 
     def run(self, stage, inputs, keep=False):
         """{input name: array} -> {output name: array}."""
-        session = self._loaded[stage]
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, inputs)))
+        names = self._outputs[stage]
+        return dict(zip(names, self._loaded[stage].run(names, inputs)))
 
     def close(self):
         self._loaded = {}

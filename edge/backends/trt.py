@@ -7,6 +7,7 @@ from edge.errors import BadFile, EdgeError, EngineMismatch
 from edge.gpu import KINDS, Buffer, Gpu
 from edge.optional import need
 
+NAME, DEVICE = "trt", "gpu"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "INT8": "int8", "UINT8": "uint8",
           "BOOL": "bool"}
 BUILD = "Build it here: python -m export MODEL.onnx --out MODEL.plan"
