@@ -25,7 +25,7 @@ class Gpu:
         self._context.push()
         self._thread = threading.get_ident()
         self.stream = self.driver.Stream()
-        self._buffers = []
+        self._held = []
 
     def demand_own_thread(self):
         """Raise EdgeError in another thread than the one that made this."""
@@ -33,15 +33,26 @@ class Gpu:
             raise EdgeError("the GPU is used from a second thread; hand arrays to the thread that opened the model")
 
     def buffer(self, shape, dtype, kind="device"):
-        """Room for one array, as a Buffer that lives until close() or Buffer.free()."""
-        self._buffers.append(Buffer(self, shape, dtype, kind))
-        return self._buffers[-1]
+        """Room for one array, as a Buffer that lives until close() or free()."""
+        self._held.append(Buffer(self, shape, dtype, kind))
+        return self._held[-1]
+
+    def room(self, nbytes):
+        """Memory of the device alone, until close() or free(). int() of it is its address."""
+        self._held.append(self.driver.mem_alloc(int(nbytes)))
+        return self._held[-1]
+
+    def free(self, held):
+        """Give back a buffer or a room before close()."""
+        self.stream.synchronize()
+        self._held.remove(held)
+        held.free()
 
     def close(self):
         """Give everything back, in the order that the driver demands: buffers, stream, context."""
-        for buffer in self._buffers:
-            buffer.free()
-        self._buffers, self.stream = [], None
+        for held in self._held:
+            held.free()
+        self._held, self.stream = [], None
         if self._context is not None:
             self.driver.Context.pop()
             self._context.detach()
@@ -69,18 +80,57 @@ class Buffer:
         """Write an array of the same shape, and send it."""
         if array.shape != self.host.shape:
             raise EdgeError("a buffer of shape %s was given %s" % (self.host.shape, array.shape))
-        np.copyto(self.host, array, casting="same_kind")
+        self._send(self.host, array)
+
+    def put_first(self, array):
+        """Write an array over the first bytes of a flat uint8 buffer, and send those."""
+        self._send(self.host[:array.nbytes], np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+    def _send(self, part, array):
+        self._gpu.stream.synchronize()  # earlier work may still read what is overwritten here
+        np.copyto(part, array, casting="same_kind")
         if self._device is not None:
-            self._gpu.driver.memcpy_htod_async(self._device, self.host, self._gpu.stream)
+            self._gpu.driver.memcpy_htod_async(self._device, part, self._gpu.stream)
 
     def get(self):
         """Fetch, wait for all work, and return a copy of the array."""
+        return self._fetch(self.host)
+
+    def get_first(self, shape, dtype=np.uint8):
+        """As get(): the array of that shape and dtype in the first bytes of a flat uint8 buffer."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self._fetch(self.host[:size]).view(dtype).reshape(shape)
+
+    def _fetch(self, part):
         if self._device is not None:
-            self._gpu.driver.memcpy_dtoh_async(self.host, self._device, self._gpu.stream)
+            self._gpu.driver.memcpy_dtoh_async(part, self._device, self._gpu.stream)
         self._gpu.stream.synchronize()
-        return np.array(self.host)
+        return np.array(part)
+
+    def __len__(self):
+        return len(self.host)
+
+    def __getitem__(self, index):
+        if index >= len(self.host):
+            raise IndexError(index)
+        return Part(self, index)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.get()
 
     def free(self):
         if self._device is not None:
             self._device.free()
         self._device = self.host = None
+
+
+class Part:
+    """One item of a Buffer's first axis, still on the device."""
+
+    def __init__(self, buffer, index):
+        self._buffer, self._index = buffer, index
+        self.shape = buffer.host.shape[1:]
+        self.address = buffer.address + index * buffer.host.strides[0]
+
+    def __array__(self, dtype=None, copy=None):
+        return self._buffer.get()[self._index]

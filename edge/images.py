@@ -327,20 +327,28 @@ def resized(picture, height, width):
     training and runtime see the same bytes."""
     if (picture.height, picture.width) == (height, width):
         return picture
-    scale = picture.height / float(height)
-    reach = max(1.0, scale)
-    step = max(1, min(128, int(128 / scale)))
 
     def bands():
-        for y0 in range(0, height, step):
-            y1 = min(height, y0 + step)
-            top = max(0, int(y0 * scale - reach) - 1)
-            bottom = min(picture.height, int(y1 * scale + reach) + 2)
+        for y0, y1, top, bottom, start, stop in row_bands(picture.height, height):
             source = picture.window(top, 0, bottom, picture.width)
-            box = (0, y0 * scale - top, picture.width, min(y1 * scale, picture.height) - top)
-            yield _linear(source, (width, y1 - y0), box)
+            # columns first, in a call of their own: Pillow 13 would choose an order by the sizes, older ones never do
+            columns = _linear(source, (width, bottom - top), (0, 0, picture.width, bottom - top))
+            yield _linear(columns, (width, y1 - y0), (0, start, width, stop))
 
     return BandPicture(height, width, bands)
+
+
+def row_bands(n_in, n_out):
+    """The bands in which `resized` makes n_out rows of n_in: yields (y0, y1, top, bottom, start, stop). The rows y0 .. y1
+    are made of the rows top .. bottom, of which Pillow is asked for the box from start to stop: floats, in rows below top."""
+    scale = n_in / float(n_out)
+    reach = max(1.0, scale)
+    step = max(1, min(128, int(128 / scale)))
+    for y0 in range(0, n_out, step):
+        y1 = min(n_out, y0 + step)
+        top = max(0, int(y0 * scale - reach) - 1)
+        bottom = min(n_in, int(y1 * scale + reach) + 2)
+        yield y0, y1, top, bottom, y0 * scale - top, min(y1 * scale, n_in) - top
 
 
 def _linear(array, size, box):
@@ -356,11 +364,16 @@ def whole(picture):
     return picture.window(0, 0, picture.height, picture.width)
 
 
+def scale_shift(mean, std):
+    """(scale, shift), float32 of each channel: (x/255 - mean) / std is x * scale + shift."""
+    return (np.array([1 / (255.0 * s) for s in std], np.float32),
+            np.array([-m / s for m, s in zip(mean, std)], np.float32))
+
+
 def normalise(pixels, mean, std):
     """uint8 pixels (..., H, W, 3) in 0..255 to the float32 (..., 3, H, W) that a net takes: (x/255 - mean) / std.
     mean, std: three floats each, of the range 0..1."""
-    scale = np.array([1 / (255.0 * s) for s in std], np.float32)
-    shift = np.array([-m / s for m, s in zip(mean, std)], np.float32)
+    scale, shift = scale_shift(mean, std)
     out = np.empty(pixels.shape[:-3] + (3,) + pixels.shape[-3:-1], np.float32)
     for channel in range(3):  # channel by channel: no temporary of the whole size
         np.multiply(pixels[..., channel], scale[channel], out=out[..., channel, :, :])

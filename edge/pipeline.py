@@ -29,27 +29,35 @@ class Segmenter:
 
     def _full(self, array):
         """n tiles as the batch that the net was exported with: the last one is repeated."""
+        if not isinstance(array, np.ndarray):
+            return array  # a backend's own, which is full
         spare = self.recipe.batch - len(array)
         return np.concatenate([array] + [array[-1:]] * spare) if spare else array
 
     def encode(self, pixels):
-        return self.session.run("encoder", {"pixels": self._full(pixels)})["features"][:1]
+        return self.session.hold(self.session.run("encoder", {"pixels": self._full(pixels)}, keep=True)["features"])
 
     def score(self, pixels, overview, rows, cols):
         if overview is None:
-            scores = self.session.run("net", {"pixels": self._full(pixels)})["scores"]
-        else:
-            features = self.session.run("encoder", {"pixels": self._full(pixels)}, keep=True)["features"]
-            scores = self.session.run("head", {"features": features, "overview": overview, "rows": self._full(rows),
-                                                "cols": self._full(cols)})["scores"]
-        return scores[:len(pixels)]
+            return self.session.run("net", {"pixels": self._full(pixels)}, keep=True)["scores"]
+        features = self.session.run("encoder", {"pixels": self._full(pixels)}, keep=True)["features"]
+        return self.session.run("head", {"features": features, "overview": overview, "rows": self._full(rows),
+                                         "cols": self._full(cols)}, keep=True)["scores"]
+
+    def score_bands(self, picture, lap=lambda stage: None):
+        """Yield (y0, scores) as edge.scores.score_bands: in the form that session.pixels.scores() and labels() take."""
+        return scores.score_bands(picture, self.recipe, self.encode, self.score, lap, self.session.pixels)
 
     def bands(self, picture, lap=lambda stage: None):
         """Yield class ids (h, W) uint8 of the rows of `picture` from the top, all rows once, in its own size."""
-        for _y0, band in scores.score_bands(picture, self.recipe, self.encode, self.score, lap):
-            labels = scores.labels_of(band)
+        for _y0, band in self.score_bands(picture, lap):
+            labels = self.session.pixels.labels(band)
             lap("decode")
             yield labels
+
+    def blend(self, pixels, labels):
+        """Class colours over (h, w, 3) uint8 pixels, as images.blend."""
+        return self.session.pixels.blend(pixels, labels, self.palette)
 
     def mask(self, picture):
         """All of it: (H, W) uint8."""

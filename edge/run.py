@@ -33,7 +33,7 @@ def run(source, pipeline, sinks):
             picture = frame.open()
             watch.lap("read")
             bands = pipeline.bands(picture, watch.lap)
-            mask, overlay, counts = sinks.write_bands(frame, picture, bands, watch.lap)
+            mask, overlay, counts = sinks.write_bands(frame, picture, bands, watch.lap, pipeline.blend)
         except BadFile as exc:
             failed.append(str(exc))
             say("error: %s" % exc)

@@ -9,6 +9,8 @@ import numpy as np
 from edge import images, tiles
 from edge.geometry import bilinear_matrix
 
+BAND_ROWS = 128  # px, of scores brought to another size
+
 
 class Recipe(NamedTuple):
     """How a net wants its pixels; a contract's `image`, `tile` and `overview` in flat form."""
@@ -22,49 +24,88 @@ class Recipe(NamedTuple):
     std: tuple
 
 
-def working_view(picture, recipe):
-    """`picture` at the size the net was trained at; decoded once when it is small enough to be held."""
-    height, width = images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px)
-    view = images.resized(picture, height, width)
-    if isinstance(view, images.BandPicture) and height * width <= images.STREAM_ABOVE_PX:
-        view = images.ArrayPicture(images.whole(view))
-    return view
-
-
-def score_bands(picture, recipe, encode, score, lap=lambda stage: None):
+def score_bands(picture, recipe, encode, score, lap=lambda stage: None, pixels=None):
     """Yield (y0, scores): scores (C, h, W) float32 for the rows y0 .. y0 + h of `picture`, from the top, all rows.
 
     encode(pixels (1, 3, q, q)) -> the global feature g, in whatever form `score` takes it; called once, if at all.
-    score(pixels (n, 3, p, p), g, rows (n, p, q), cols (n, p, q)) -> (n, C, p, p) float32; n <= recipe.batch.
-    lap(stage) is called when a stage of work ends ('prepare', 'run', 'blend')."""
-    view = working_view(picture, recipe)
+    score(pixels (n, 3, p, p), g, rows (n, p, q), cols (n, p, q)) -> (n or more, C, p, p) float32; n <= recipe.batch.
+    lap(stage) is called when a stage of work ends ('prepare', 'run', 'blend').
+    pixels: where they are held: a Host unless given; then `scores` are what its scores() and labels() take."""
+    pixels = pixels or Host()
+    lap = pixels.timed(lap)
+    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
     overview = None
     if recipe.overview:
-        small = images.whole(images.resized(view, recipe.overview, recipe.overview))
+        small = pixels.fitted(view, recipe.overview, recipe.overview)
+        ready = pixels.prepared(small, [(0, 0, recipe.overview, recipe.overview)], recipe)
         lap("prepare")
-        overview = encode(images.normalise(small[None], recipe.mean, recipe.std))
+        overview = encode(ready)
         lap("run")
     laid = tiles.plan(view.height, view.width, recipe.tile, recipe.overlap)
-    bands = tiles.stitch(laid, lambda boxes: _tile_scores(view, boxes, recipe, overview, score, lap))
-    if (view.height, view.width) != (picture.height, picture.width):
-        bands = _at_size(bands, view, picture.height, picture.width)
+    resize = (view.height, view.width) != (picture.height, picture.width)
+    canvas = pixels.canvas(laid, (picture.height, picture.width) if resize else None)
+    bands = tiles.stitch(laid, lambda boxes: _tile_scores(view, boxes, recipe, overview, score, lap, pixels), canvas)
+    if resize:
+        bands = pixels.at_size(bands, canvas, picture.height, picture.width)
     for band in bands:
         lap("blend")
         yield band
 
 
-def _tile_scores(view, boxes, recipe, overview, score, lap):
+def _tile_scores(view, boxes, recipe, overview, score, lap, pixels):
     lap("blend")
     for first in range(0, len(boxes), recipe.batch):
         chunk = boxes[first:first + recipe.batch]
-        pixels = np.stack([view.window(*box) for box in chunk])
         rows, cols = interpolation(chunk, view.height, view.width, recipe.overview)
-        ready = images.normalise(pixels, recipe.mean, recipe.std)
+        ready = pixels.prepared(view, chunk, recipe)
         lap("prepare")
         scores = score(ready, overview, rows, cols)
         lap("run")
-        for one in scores:
+        for one, _box in zip(scores, chunk):  # a backend of a fixed batch gives more than there are boxes
             yield one
+
+
+class Host:
+    """Pixels and scores in the host's memory, by Pillow and numpy. edge.kernels.device does the same on a GPU."""
+
+    def timed(self, lap):
+        """`lap`, called only when the work before it is done."""
+        return lap
+
+    def fitted(self, picture, height, width):
+        """`picture` at another size; decoded once when it is small enough to be held."""
+        view = images.resized(picture, height, width)
+        if isinstance(view, images.BandPicture) and height * width <= images.STREAM_ABOVE_PX:
+            view = images.ArrayPicture(images.whole(view))
+        return view
+
+    def prepared(self, view, boxes, recipe):
+        """The windows `boxes` (n, 4) of a picture as a net takes them: (n, 3, p, p) float32."""
+        return images.normalise(np.stack([view.window(*box) for box in boxes]), recipe.mean, recipe.std)
+
+    def canvas(self, laid, size=None):
+        """What tiles.stitch blends the tiles of `laid` on. size: (height, width) that at_size() will be asked for."""
+        return tiles.Band(laid)
+
+    def at_size(self, bands, canvas, height, width):
+        """Bands of scores in the size of `canvas`, resized to height x width by the filter that resizes pictures."""
+        channels_last = images.BandPicture(canvas.laid.height, canvas.laid.width, lambda: (
+            np.array(np.moveaxis(scores, 0, 2)) for _y0, scores in bands))  # a copy: the canvas is used again
+        picture = images.resized(channels_last, height, width)
+        for y0 in range(0, height, BAND_ROWS):
+            yield y0, np.moveaxis(picture.window(y0, 0, min(height, y0 + BAND_ROWS), width), 2, 0)
+
+    def scores(self, band):
+        """(C, h, W) float32 of what score_bands yields."""
+        return band
+
+    def labels(self, band):
+        """Class ids (h, W) uint8 of what score_bands yields, once for each."""
+        return labels_of(band)
+
+    def blend(self, pixels, labels, palette):
+        """images.blend."""
+        return images.blend(pixels, labels, palette)
 
 
 def interpolation(boxes, height, width, side):
@@ -74,15 +115,6 @@ def interpolation(boxes, height, width, side):
         return None, None
     return (np.stack([bilinear_matrix(height, side, b[0], b[2]) for b in boxes]),
             np.stack([bilinear_matrix(width, side, b[1], b[3]) for b in boxes]))
-
-
-def _at_size(bands, view, height, width):
-    """Score bands of `view`'s size, resized to height x width by the filter that resizes pictures."""
-    channels_last = images.BandPicture(view.height, view.width, lambda: (
-        np.array(np.moveaxis(scores, 0, 2)) for _y0, scores in bands))  # a copy: stitch reuses its buffer
-    picture = images.resized(channels_last, height, width)
-    for y0 in range(0, height, 128):
-        yield y0, np.moveaxis(picture.window(y0, 0, min(height, y0 + 128), width), 2, 0)
 
 
 def labels_of(scores):

@@ -42,9 +42,9 @@ class Sinks:
         base = os.path.join(self._folder, frame.name)
         return base + ".mask.png", base + ".overlay.png" if self._overlay else None
 
-    def write_bands(self, frame, picture, bands, lap):
-        """Write the mask of one frame, given as an iterator of label bands. Returns (mask path, overlay path,
-        pixels per class)."""
+    def write_bands(self, frame, picture, bands, lap, blend):
+        """Write the mask of one frame, given as an iterator of label bands; blend(pixels, labels) paints them over the
+        picture. Returns (mask path, overlay path, pixels per class)."""
         mask_path, overlay_path = self.paths(frame)
         self._count += 1
         counts = np.zeros(len(self._palette), np.int64)
@@ -62,7 +62,7 @@ class Sinks:
                 if mask:
                     mask.write(labels)
                 if over:
-                    over.write(images.blend(behind.window(y, 0, y + len(labels), size[1]), labels, self._palette))
+                    over.write(blend(behind.window(y, 0, y + len(labels), size[1]), labels))
                 y += len(labels)
                 lap("write")
             for png in filter(None, (mask, over)):

@@ -62,32 +62,48 @@ def blend_weights(origins, tile, overlap, size):
     return weights.astype(np.float32)
 
 
-def stitch(laid, scores_of):
+def stitch(laid, scores_of, canvas=None):
     """Run all tiles and blend their scores, band by band from the top; holds one tile row, never the image.
 
-    scores_of(boxes) takes (n, 4) int boxes of one tile row and returns an iterable of n arrays
-    (C, tile, tile) float32. Yields (y0, scores) with scores (C, h, width) float32: finished rows, in order,
-    every row once. `scores` is reused: copy what must outlive the next step."""
-    rows = blend_weights(laid.ys, laid.tile, laid.overlap, laid.height)
-    cols = blend_weights(laid.xs, laid.tile, laid.overlap, laid.width)
-    band = None
+    scores_of(boxes) takes (n, 4) int boxes of one tile row and returns an iterable of n arrays (C, tile, tile) float32;
+    canvas: who blends them, a Band unless given. Yields (y0, scores) with scores (C, h, width) float32: finished rows, in
+    order, every row once. `scores` is reused: copy what must outlive the next step."""
+    canvas = canvas or Band(laid)
     for index, y in enumerate(laid.ys):
         boxes = np.array([(y, x, y + laid.tile, x + laid.tile) for x in laid.xs], np.int64)
         for column, scores in enumerate(scores_of(boxes)):
-            if band is None:  # (C, tile, width): the image rows y .. y + tile
-                band = np.zeros((len(scores), laid.tile, laid.width), np.float32)
-            x = laid.xs[column]
-            part = band[:, :, x:x + laid.tile]
-            inside = part.shape[2]
-            weight = rows[index][:, None] * cols[column][None, :inside]
-            if laid.overlap == 0 and weight.min() == 1:
-                part += scores[:, :, :inside]
-            else:
-                part += scores[:, :, :inside] * weight
-        if index + 1 < len(laid.ys):
-            done = laid.ys[index + 1] - y
-            yield y, band[:, :done]
-            band[:, :laid.tile - done] = band[:, done:].copy()  # rows that the next tile row adds to
-            band[:, laid.tile - done:] = 0
+            canvas.add(scores, index, column)
+        yield y, canvas.take(y, laid.ys[index + 1] if index + 1 < len(laid.ys) else laid.height)
+
+
+class Band:
+    """The weighted sum of a tile row's scores, in the host's memory."""
+
+    def __init__(self, laid):
+        self.laid, self._band, self._top = laid, None, 0
+        self._rows = blend_weights(laid.ys, laid.tile, laid.overlap, laid.height)
+        self._cols = blend_weights(laid.xs, laid.tile, laid.overlap, laid.width)
+
+    def add(self, scores, index, column):
+        """Blend in the tile of row `index` and column `column`: scores (C, tile, tile) float32."""
+        laid, scores = self.laid, np.asarray(scores)
+        if self._band is None:  # (C, tile, width): the image rows y .. y + tile
+            self._band = np.zeros((len(scores), laid.tile, laid.width), np.float32)
+        self._scroll(laid.ys[index])
+        part = self._band[:, :, laid.xs[column]:laid.xs[column] + laid.tile]
+        inside = part.shape[2]
+        weight = self._rows[index][:, None] * self._cols[column][None, :inside]
+        if laid.overlap == 0 and weight.min() == 1:
+            part += scores[:, :, :inside]
         else:
-            yield y, band[:, :laid.height - y]
+            part += scores[:, :, :inside] * weight
+
+    def take(self, y, stop):
+        """The finished image rows y .. stop; valid until the next add()."""
+        return self._band[:, :stop - y]
+
+    def _scroll(self, y):
+        done, self._top = y - self._top, y
+        if done:
+            self._band[:, :-done] = self._band[:, done:].copy()  # rows that this tile row adds to
+            self._band[:, -done:] = 0

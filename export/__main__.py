@@ -1,10 +1,11 @@
 """Export a checkpoint to ONNX with its contract, and check that the files give the trained net's answers."""
+import functools
 import json
 import os
 import sys
 from typing import NamedTuple
 
-from edge import contract, trial
+from edge import contract, images, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import BadFile, UsageError
 from edge.optional import need
@@ -111,7 +112,7 @@ def export(path, out, config, backend):
     settings = mode_settings(trained)
     recipe = evaluate.recipe(settings, tile, config.tile_batch)
     pipeline = to_onnx.pipeline_of(trained, settings.fusion)
-    frames = parity.chosen(config.frames, [] if config.frames else _validation(trained))
+    frames = parity.chosen(config.frames, [] if config.frames else _validation(trained, classes))
     with contract.publishing(out) as (scratch, publish):
         made, files = to_onnx.write(scratch, os.path.splitext(os.path.basename(out))[0], to_onnx.folded(net), trained,
                                     classes, recipe, pipeline)
@@ -129,6 +130,9 @@ def export(path, out, config, backend):
         allowed = parity.demand(measured, config.tolerance, out)
         say("parity with torch on %s: scores differ by at most %.2g (allowed %.2g), class of %.4f %% of the pixels" % (
             ", ".join(measured["frames"]), measured["max_abs_error"], allowed, 100 * measured["changed_share"]))
+        for index, before in measured.get("task_iou", ({},))[0].items():
+            say("  IoU of %s against the labels: %.4f, exported %.4f" % (
+                classes.names[int(index)], before, measured["task_iou"][1].get(index, 0.0)))
         made["parity"] = dict(measured, tolerance=allowed, against="torch, by " + backend.describe())
         made["target"] = config.target
         made["trained"] = {"checkpoint": os.path.basename(path), "sha256": contract.sha256(path), "model": trained.model,
@@ -138,15 +142,18 @@ def export(path, out, config, backend):
     return {"out": out, "pipeline": pipeline, "operators": operators, "parity": made["parity"]}
 
 
-def _validation(trained):
-    """(name, path) of the run's validation images; [] where its data is not here."""
-    from train_lite import dataset
+def _validation(trained, classes):
+    """(name, path, labels) of the run's validation images, as parity.chosen takes them; [] where its data is not here."""
+    from train_lite import dataset, store
     data = trained.data or os.path.join("runs", "demo-%d" % trained.res)
     try:
         pairs = dataset.find_pairs(data, trained.val_share, trained.group_by)
     except (BadFile, UsageError):
         return []
-    return [(pair.name, pair.image) for pair in [p for p in pairs if p.split == "val"] or pairs]
+
+    def labels(pair, box):
+        return store.LabelDecoder(pair.mask, classes)(images.open_mask(pair.mask, classes.by_colour).window(*box))
+    return [(pair.name, pair.image, functools.partial(labels, pair)) for pair in [p for p in pairs if p.split == "val"] or pairs]
 
 
 if __name__ == "__main__":

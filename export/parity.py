@@ -4,6 +4,7 @@ classes; where they part, the stage in which it begins is named.
 Stages, in the order of the data: prepare (pixels as the net gets them), interpolate (weights that bring the global feature to
 a tile), the net's own stages, stitch (tiles to image), decode (classes)."""
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,32 +12,43 @@ from edge import images, scores
 from edge.command import say
 from edge.errors import ParityError
 from edge.sources import find_files, open_source
+from train_lite import metrics
+from train_lite.metrics import confusion
 
 ORDINARY_SCORE = 10.0  # scores up to this size count with their absolute error, larger ones with their relative error
 FRAMES = 2
 WINDOW_PX = 1536  # the middle of larger frames: enough tiles to judge, seconds instead of hours
 # of an engine beside ONNX Runtime: error of a score up to ORDINARY_SCORE, share of pixels that may change their class
 ENGINE = {"float32": (1e-2, 5e-4), "float16": (2e-1, 5e-3)}
+TASK_DROP = 0.01  # of any class's IoU against the labels, where they are known
 STAGE_CALLS = 4  # inputs on which every stage is compared by itself
 INTERPOLATION = ("rows", "cols")
 EXACT = ("prepare", "interpolate", "decode")  # stages that are the same code on both sides: no difference is allowed
 
 
+class Frame(NamedTuple):
+    """What two models are compared on."""
+    name: str
+    picture: object            # edge.images picture
+    truth: object = None       # class ids (h, w) uint8 of its pixels, where they are known
+
+
 def chosen(pattern, otherwise):
-    """The (name, picture) to compare on: files of `pattern`; without it the pairs (name, path) of `otherwise`; with neither
-    a test picture, and a warning."""
-    pairs = [(path, path) for path in find_files(pattern)] if pattern else otherwise
-    if pairs:
-        return [(name, frame_window(images.open_photo(path))) for name, path in pairs[:FRAMES]]
+    """The Frames to compare on: files of `pattern`; without it of `otherwise`, (name, path, labels) each, labels(box) giving
+    class ids of a window; with neither a test picture, and a warning."""
+    found = [(path, path, None) for path in find_files(pattern)] if pattern else otherwise
+    if found:
+        return [middle(name, images.open_photo(path), labels) for name, path, labels in found[:FRAMES]]
     say("warning: no images to compare on are here; comparing on a test picture. Give some of your own with --frames")
-    return [(frame.origin, frame_window(frame.open())) for frame in open_source("synthetic://1024x768", 1)]
+    return [middle(frame.origin, frame.open()) for frame in open_source("synthetic://1024x768", 1)]
 
 
-def frame_window(picture):
-    """The middle of a picture, at most WINDOW_PX square, as a picture in memory."""
+def middle(name, picture, labels=None):
+    """The middle of a picture, at most WINDOW_PX square, as a Frame in memory."""
     height, width = min(picture.height, WINDOW_PX), min(picture.width, WINDOW_PX)
     y, x = (picture.height - height) // 2, (picture.width - width) // 2
-    return images.ArrayPicture(np.array(picture.window(y, x, y + height, x + width)))
+    box = (y, x, y + height, x + width)
+    return Frame(name, images.ArrayPicture(np.array(picture.window(*box))), labels(box) if labels else None)
 
 
 class TorchBackend:
@@ -56,7 +68,7 @@ class TorchSession:
     """What edge.backends says of a Session."""
 
     def __init__(self, net, contract):
-        self._net, self._stages = net, {stage["name"]: stage for stage in contract["stages"]}
+        self._net, self._stages, self.pixels = net, {stage["name"]: stage for stage in contract["stages"]}, scores.Host()
 
     def tensors(self, stage, side):
         return {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in self._stages[stage][side]}
@@ -71,6 +83,9 @@ class TorchSession:
                 return {"scores": self._net.score(given["features"], given["overview"], given["rows"], given["cols"]).numpy()}
             return {"scores": self._net(given["pixels"]).numpy()}
 
+    def hold(self, value):
+        return value[:1]
+
     def close(self):
         pass
 
@@ -80,51 +95,64 @@ class Tap:
 
     def __init__(self, session):
         self._session, self.calls, self.sums = session, {}, {"prepare": [], "interpolate": []}
+        self.pixels, self.hold, self.close = session.pixels, session.hold, session.close
 
     def run(self, stage, inputs, keep=False):
         for name in inputs:
             kind = "interpolate" if name in INTERPOLATION else "prepare" if name == "pixels" else None
             if kind:
                 self.sums[kind].append(zlib.crc32(np.ascontiguousarray(inputs[name]).tobytes()))
-        outputs = self._session.run(stage, inputs)
-        if len(self.calls.setdefault(stage, [])) < STAGE_CALLS:
-            self.calls[stage].append((inputs, outputs))
+        noted = len(self.calls.setdefault(stage, [])) < STAGE_CALLS
+        given = {name: np.array(value) for name, value in inputs.items()} if noted else None
+        outputs = self._session.run(stage, inputs, keep)
+        if noted:
+            self.calls[stage].append((given, {name: np.array(value) for name, value in outputs.items()}))
         return outputs
-
-    def close(self):
-        self._session.close()
 
 
 def compare(reference, other, frames):
-    """reference, other: Segmenters, each with its own way to prepare pixels; frames: list of (name, picture). Returns the
+    """reference, other: Segmenters, each with its own way to prepare pixels; frames: list of Frame. Returns the
     contract's 'parity' without tolerance: largest difference of a score, the largest score, share of pixels whose class
-    changed, per class the overlap (IoU) of where the two see it, and `stages`: by how much each is off, as a share."""
-    session = other.session
+    changed, per class the overlap (IoU) of where the two see it, and `stages`: by how much each is off, as a share; with
+    labels `task_iou`, the IoU per class against them, of the reference and of the other."""
+    session, pixels = other.session, other.session.pixels
     mine, theirs = Tap(reference.session), Tap(session)
-    worst, largest, changed, pixels, overlap = 0.0, 0.0, 0, 0, {}
+    worst, largest, undecoded = 0.0, 0.0, 0
+    classes = len(reference.classes)
+    between = np.zeros((classes, classes), np.int64)  # counts of (class by reference, class by other)
+    judged = []  # (counts of (true class, class by reference), the same by other) of the frames whose labels are known
     reference.session, other.session = mine, theirs
     try:
-        for _name, picture in frames:
-            ours = scores.score_bands(picture, reference.recipe, reference.encode, reference.score)
-            for (_y, a), (_y2, b) in zip(ours, scores.score_bands(picture, other.recipe, other.encode, other.score)):
+        for frame in frames:
+            judged.append((np.zeros_like(between), np.zeros_like(between)))
+            for (y0, a), (_y0, band) in zip(reference.score_bands(frame.picture), other.score_bands(frame.picture)):
+                b = pixels.scores(band)
                 worst = max(worst, _difference(a, b))
                 largest = max(largest, float(np.abs(a).max()))
-                one, two = scores.labels_of(a), scores.labels_of(b)
-                changed += int((one != two).sum()) if one.shape == two.shape else one.size
-                pixels += one.size
-                for index in np.union1d(one, two).tolist() if one.shape == two.shape else ():
-                    both, either = overlap.get(index, (0, 0))
-                    overlap[index] = (both + int(((one == index) & (two == index)).sum()),
-                                      either + int(((one == index) | (two == index)).sum()))
+                ours, others = scores.labels_of(a), pixels.labels(band)
+                undecoded += int((others != scores.labels_of(b)).sum())
+                between += confusion(ours, others, classes)
+                if frame.truth is not None:
+                    for matrix, labels in zip(judged[-1], (ours, others)):
+                        matrix += confusion(frame.truth[y0:y0 + len(labels)], labels, classes)
     finally:
         reference.session, other.session = mine._session, session
+    total = int(between.sum())
     stages = {kind: _share_changed(mine.sums[kind], theirs.sums[kind]) for kind in ("prepare", "interpolate")}
     stages.update(_of_stages(mine.calls, session))
     stages["stitch"] = worst / (largest or 1.0)
-    stages["decode"] = float((reference.classes, reference.palette) != (other.classes, other.palette))
-    return {"max_abs_error": worst, "largest_score": largest, "changed_share": float(changed) / pixels, "stages": stages,
-            "class_iou": {str(index): float(both) / either for index, (both, either) in sorted(overlap.items())},
-            "frames": [name for name, _ in frames]}, mine.calls
+    named = (reference.classes, reference.palette) == (other.classes, other.palette)
+    stages["decode"] = float(undecoded) / total if named else 1.0
+    report = {"max_abs_error": worst, "largest_score": largest, "changed_share": 1.0 - between.trace() / float(total),
+              "stages": stages, "class_iou": per_class_iou(between), "frames": [frame.name for frame in frames]}
+    if any(frame.truth is not None for frame in frames):
+        report["task_iou"] = [per_class_iou(sum(matrices)) for matrices in zip(*judged)]
+    return report, mine.calls
+
+
+def per_class_iou(matrix):
+    """{class id: IoU} of the classes that occur in a matrix of counts (C, C)."""
+    return {str(index): float(value) for index, value in enumerate(metrics.scores(matrix)["iou"]) if value == value}
 
 
 def _difference(a, b):
@@ -161,7 +189,14 @@ def allowance(report, tolerance):
 def passes(report, tolerance, share):
     """Whether a report is within what is allowed; see demand()."""
     exact = not any(report["stages"][stage] for stage in EXACT)
-    return report["max_abs_error"] <= allowance(report, tolerance) and report["changed_share"] <= share and exact
+    return (report["max_abs_error"] <= allowance(report, tolerance) and report["changed_share"] <= share and exact
+            and task_drop(report) <= TASK_DROP)
+
+
+def task_drop(report):
+    """The most IoU that a class loses against the labels; 0 where those are not known."""
+    before, after = report.get("task_iou", ({}, {}))
+    return max([value - after.get(index, 0.0) for index, value in before.items()] + [0.0])
 
 
 def demand(report, tolerance, out, what="the exported files differ from the trained net", share=1.0, advice=""):
@@ -173,10 +208,12 @@ def demand(report, tolerance, out, what="the exported files differ from the trai
         return allowed
     limit = allowed / (report["largest_score"] or 1.0)
     begins = next((stage for stage, off in stages.items() if off > (0.0 if stage in EXACT else limit)), "stitch")
-    raise ParityError("%s: scores by %.3g (allowed %.3g), class of %.4f %% of the pixels%s, on %s. It begins in stage %s (off by "
+    raise ParityError("%s: scores by %.3g (allowed %.3g), class of %.4f %% of the pixels%s%s, on %s. It begins in stage %s (off by "
                       "%.2g of its largest value). %s is not written. %s" % (
                           what, report["max_abs_error"], allowed, 100 * report["changed_share"],
-                          "" if share == 1.0 else " (allowed %.3f %%)" % (100 * share), ", ".join(report["frames"]), begins,
+                          "" if share == 1.0 else " (allowed %.3f %%)" % (100 * share),
+                          ", IoU of a class by %.3f (allowed %.2f)" % (task_drop(report), TASK_DROP) if task_drop(report) else "",
+                          ", ".join(report["frames"]), begins,
                           stages[begins], out, advice or "If that is acceptable: --tolerance %.1g" % (2 * report["max_abs_error"])))
 
 

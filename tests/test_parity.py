@@ -45,7 +45,7 @@ def gate(net, recipe, classes, made, files, other=Segmenter, backend=ort):
     """The gate as export passes it. Returns the report, or raises ParityError."""
     with other(made, files, backend) as candidate, Segmenter(made, files, parity.TorchBackend(net)) as reference:
         reference.recipe, reference.classes, reference.palette = recipe, list(classes.names), list(classes.palette)
-        report, _calls = parity.compare(reference, candidate, [("frame", FRAME)])
+        report, _calls = parity.compare(reference, candidate, [parity.Frame("frame", FRAME)])
     parity.demand(report, 1e-4, "model.onnx")
     return report
 

@@ -17,7 +17,7 @@ from edge.errors import BadFile
 from edge.geometry import nearest_index, reflect
 from train_lite.dataset import IGNORE
 
-VERSION = 1
+VERSION = 2
 BLOCK = 128
 HEADER = 4096
 

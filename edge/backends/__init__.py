@@ -1,6 +1,7 @@
-"""Who computes a model's stages. A backend module has NAME, DEVICE, `describe()` and a class `Session(contract, files, threads)` with
-`tensors(stage, side)` -> {name: (dtype, shape)}, `run(stage, {name: array}, keep=False) -> {name: array}` and `close()`.
-With keep, a backend may return handles to what it holds on its device; run() takes those as inputs too."""
+"""Who computes a model's stages. A backend module has NAME, DEVICE, `describe()` and a class `Session(contract, files, threads)`
+with `tensors(stage, side)` -> {name: (dtype, shape)}, `run(stage, {name: array}, keep=False) -> {name: array}`,
+`hold(value)` -> the first item of one of them, beyond the stage's next run, `pixels` (an edge.scores.Host or the like) and
+`close()`. With keep, a backend may return handles to what it holds on its device; run() takes those as inputs too."""
 import importlib
 import os
 

@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU."""
 from edge.errors import BadFile
 from edge.optional import need
+from edge.scores import Host
 
 NAME, DEVICE = "ort", "cpu"
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8",
@@ -18,6 +19,7 @@ class Session:
 
     def __init__(self, contract, files, threads=0):
         self._loaded = {stage: _load(path, threads) for stage, path in files.items()}
+        self.pixels = Host()
         self._outputs = {stage: [node.name for node in session.get_outputs()] for stage, session in self._loaded.items()}
 
     def tensors(self, stage, side):
@@ -30,6 +32,10 @@ class Session:
         """{input name: array} -> {output name: array}."""
         names = self._outputs[stage]
         return dict(zip(names, self._loaded[stage].run(names, inputs)))
+
+    def hold(self, value):
+        """The first item of what a stage gave, kept beyond its next run."""
+        return value[:1]
 
     def close(self):
         self._loaded = {}

@@ -3,9 +3,12 @@ have numbers (8.2) or names (8.5 and later), scratch memory set in the old way o
 import collections
 import time
 
-from edge.errors import BadFile, EdgeError, EngineMismatch
+from edge.command import say
+from edge.errors import BadFile, EdgeError, EngineMismatch, MissingPart
 from edge.gpu import KINDS, Buffer, Gpu
+from edge.kernels.device import Device
 from edge.optional import need
+from edge.scores import Host
 
 NAME, DEVICE = "trt", "gpu"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "INT8": "int8", "UINT8": "uint8",
@@ -20,8 +23,9 @@ def describe():
     return "trt (TensorRT %s)" % need("tensorrt").__version__
 
 
-def logger(trt):
-    """An ILogger that keeps the last warnings and errors, in .lines: TensorRT raises nothing, it only logs."""
+def logger(trt, hear=lambda message: None):
+    """An ILogger that keeps the last warnings and errors, in .lines: TensorRT raises nothing, it only logs. hear: called with
+    every other message."""
     class Logger(trt.ILogger):
         def __init__(self):
             trt.ILogger.__init__(self)
@@ -30,6 +34,8 @@ def logger(trt):
         def log(self, severity, msg):
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING):
                 self.lines.append(msg)
+            else:
+                hear(msg)
 
         def tail(self):
             return "; ".join(self.lines) or "TensorRT gave no reason"
@@ -68,6 +74,7 @@ class Session:
                 stage.begin(int(self._scratch), size)
             self.kind = self._fastest_kind() if self._gpu.integrated else "device"
             self._make_buffers(self.kind)
+            self.pixels, self._kept = self._device(), None
         except Exception:
             self.close()
             raise
@@ -83,7 +90,7 @@ class Session:
         for stage in self._stages.values():
             for port in stage.ports:
                 if port.name in stage.buffers:
-                    stage.buffers[port.name].free()
+                    self._gpu.free(stage.buffers[port.name])
                 stage.buffers[port.name] = self._gpu.buffer(port.shape, port.dtype, kind)
 
     def _fastest_kind(self):
@@ -97,6 +104,23 @@ class Session:
                     self.run(name, {port.name: stage.buffers[port.name].host for port in stage.ports if port.is_input})
                 took[kind] = min(took.get(kind, float("inf")), time.perf_counter() - began)
         return min(took, key=took.get)
+
+    def _device(self):
+        """Who prepares pixels and decodes scores: the GPU, or the host where kernels cannot be compiled."""
+        pixels = next(stage.buffers["pixels"] for stage in self._stages.values() if "pixels" in stage.buffers)
+        outputs = next(stage.buffers["scores"] for stage in self._stages.values() if "scores" in stage.buffers)
+        try:
+            return Device(self._gpu, pixels, outputs.host.shape[1], self.kind)
+        except MissingPart as exc:
+            say("warning: pixels are prepared and decoded on the CPU: %s" % exc)
+            return Host()
+
+    def hold(self, value):
+        """The first item of what a stage gave, kept beyond its next run, as a Buffer."""
+        if self._kept is None:
+            self._kept = self._gpu.buffer((1,) + value.host.shape[1:], value.host.dtype, "device")
+        self._gpu.driver.memcpy_dtod_async(self._kept.address, value.address, self._kept.host.nbytes, self._gpu.stream)
+        return self._kept
 
     def tensors(self, stage, side):
         """side 'inputs' or 'outputs' -> {name: (dtype name, shape list)}."""

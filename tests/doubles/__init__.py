@@ -41,7 +41,8 @@ def install(monkeypatch, generation, gpu=None):
     from doubles.tensorrt_double import make_tensorrt
     gpu = gpu or default_gpu(generation)
     trt, pycuda = make_tensorrt(generation, gpu), make_pycuda(gpu)
-    for name, module in (("tensorrt", trt), ("pycuda", pycuda), ("pycuda.driver", pycuda.driver)):
+    for name, module in (("tensorrt", trt), ("pycuda", pycuda), ("pycuda.driver", pycuda.driver),
+                         ("pycuda.compiler", pycuda.compiler)):
         monkeypatch.setitem(sys.modules, name, module)
     return trt, pycuda
 
@@ -49,7 +50,8 @@ def install(monkeypatch, generation, gpu=None):
 def child_env(generation, gpu="", kill_mib=None, **knobs):
     """os.environ for a child process in which `import tensorrt` and `import pycuda.driver` find the doubles.
 
-    gpu: a key of GPUS; kill_mib, knobs: as trt.double (fail_build="text", out_of_memory="1", needs_cudnn="1")."""
+    gpu: a key of GPUS; kill_mib, knobs: as trt.double (fail_build="text", out_of_memory="1", needs_cudnn="1"), and
+    no_nvcc="1": pycuda.compiler finds no nvcc."""
     path = [os.path.join(HERE, "site"), os.environ.get("PYTHONPATH", "")]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in path if p), NANOPATCH_DOUBLE=generation)
     if gpu:

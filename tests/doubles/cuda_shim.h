@@ -52,6 +52,11 @@ static inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; }
 static inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
 static inline int __float2int_rd(float x) { return (int)floorf(x); }
 static inline int __float2int_rz(float x) { return (int)x; }
+// one rounding each, never a fused multiply-add: kernels.py compiles with -ffp-contract=off
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
+static inline double __dadd_rn(double a, double b) { return a + b; }
 template <class T> static inline T __ldg(const T *p) { return *p; }
 template <class T> static inline T atomicAdd(T *p, T v) { T old = *p; *p += v; return old; }
 template <class T> static inline T atomicMax(T *p, T v) { T old = *p; *p = max(old, v); return old; }

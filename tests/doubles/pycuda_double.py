@@ -4,6 +4,7 @@ Stricter than a GPU where a GPU would go on with wrong results: work on a stream
 synchronisation only, fresh memory is full of NaN, and guard bytes tell who wrote past an end."""
 import builtins
 import itertools
+import os
 import sys
 import threading
 import time
@@ -38,6 +39,14 @@ class RuntimeError(Error):  # noqa: A001 - pycuda's own name
 
 class MemoryError(Error, MemoryError):  # noqa: A001 - pycuda's own name
     pass
+
+
+class CompileError(Error):
+    def __init__(self, msg, command_line, stdout=None, stderr=None):
+        self.msg, self.command_line, self.stdout, self.stderr = msg, command_line, stdout, stderr
+
+    def __str__(self):
+        return "%s\n[command: %s]\n[stderr:\n%s]" % (self.msg, " ".join(self.command_line), self.stderr)
 
 
 class Block:
@@ -267,10 +276,21 @@ def memcpy_dtod_async(dest, src, size, stream=None):
     _dtod("cuMemcpyDtoDAsync", dest, src, size, stream)
 
 
-def memset_d8(dest, data, count):
+def memset_d8(dest, data, size):
     board().need_context("cuMemsetD8")
     board().drain()
-    board().span(_pointer(dest), count, "cuMemsetD8")[:] = data
+    board().span(_pointer(dest), size, "cuMemsetD8")[:] = data
+
+
+def memset_d8_async(dest, data, size, stream=None):
+    board().need_context("cuMemsetD8Async")
+    pointer, handle = _pointer(dest), _check_stream(stream)
+
+    def work():
+        board().span(pointer, size, "cuMemsetD8Async")[:] = data
+
+    board().span(pointer, size, "cuMemsetD8Async")  # a wrong address is found now
+    board().enqueue(handle, work)
 
 
 def mem_get_info():
@@ -658,21 +678,56 @@ class Function:
         board().enqueue(_check_stream(stream), work)
 
 
-_PUBLIC = """Error LogicError LaunchError RuntimeError MemoryError host_alloc_flags mem_attach_flags event_flags
+# pycuda.compiler
+
+NVCC_OPTIONS = {"-std=c++11", "-std=c++14", "-O2", "-O3", "-lineinfo"}  # those that change no result here
+
+
+def compile(source, nvcc="nvcc", options=None, keep=False, no_extern_c=False, arch=None,  # noqa: A001 - pycuda's own name
+            code=None, cache_dir=None, include_dirs=[], target="cubin"):
+    """bytes for module_from_buffer, made for the board's own GPU. NANOPATCH_DOUBLE_NO_NVCC: as where nvcc is absent."""
+    assert target in ["cubin", "ptx", "fatbin"]
+    linked = source if no_extern_c else 'extern "C" {\n%s\n}\n' % source
+    own = "sm_%d%d" % board().gpu.compute_capability
+    arch = arch or (own if board().stack() else "of nvcc itself")  # pycuda asks the current context
+    options = [] if options is None else options
+    words = [nvcc, "--cubin"] + options + ["-arch", arch] + ["-I" + name for name in include_dirs + ["cuda"]] + ["kernel.cu"]
+    if os.environ.get("NANOPATCH_DOUBLE_NO_NVCC"):  # pytools.prefork.ExecError is an OSError
+        raise OSError("error invoking '%s --version': [Errno 2] No such file or directory: '%s'" % (nvcc, nvcc))
+    unknown = [option for option in options if option not in NVCC_OPTIONS]
+    if unknown or keep or code is not None or cache_dir or target != "cubin":
+        raise kernels.NotSimulated("the double does not simulate nvcc's %s, keep, code, cache_dir and target" % unknown)
+
+    def failed(text):
+        return CompileError("nvcc compilation of /tmp/tmpdouble/kernel.cu failed", words, "", text)
+
+    if arch != own:
+        raise failed("nvcc fatal   : the double compiles for its own GPU only, %s, not %s" % (own, arch))
+    if not no_extern_c and "#include" in source:  # the templates of a C++ header
+        raise failed('error: this declaration may not have extern "C" linkage')
+    try:
+        kernels.compile_on_cpu(linked)
+    except kernels.CompileError as exc:
+        raise failed(str(exc))
+    return kernels.wrap(linked)
+
+
+_PUBLIC = """Error LogicError LaunchError RuntimeError MemoryError CompileError host_alloc_flags mem_attach_flags event_flags
 device_attribute memcpy_htod memcpy_htod_async memcpy_dtoh memcpy_dtoh_async memcpy_dtod memcpy_dtod_async memset_d8
-mem_get_info init get_version get_driver_version Device Context DeviceAllocation PagelockedHostAllocation ManagedAllocation
-mem_alloc pagelocked_empty pagelocked_zeros managed_empty managed_zeros Stream Event module_from_buffer module_from_file
-Module Function""".split()
+memset_d8_async mem_get_info init get_version get_driver_version Device Context DeviceAllocation PagelockedHostAllocation
+ManagedAllocation mem_alloc pagelocked_empty pagelocked_zeros managed_empty managed_zeros Stream Event module_from_buffer
+module_from_file Module Function""".split()
 
 
 def make_pycuda(gpu):
-    """A fresh package `pycuda`: `.driver`, `.VERSION`, and for tests `.double`, the Board. No autoinit."""
+    """A fresh package `pycuda`: `.driver`, `.compiler`, `.VERSION`, and for tests `.double`, the Board. No autoinit."""
     global _board
     _board = Board(gpu)
-    pycuda, driver = types.ModuleType("pycuda"), types.ModuleType("pycuda.driver")
+    pycuda, driver, compiler = [types.ModuleType("pycuda" + name) for name in ("", ".driver", ".compiler")]
     pycuda.__path__ = []  # a package, so that `import pycuda.autoinit` says ModuleNotFoundError
     for name in _PUBLIC:
         setattr(driver, name, globals()[name])
-    pycuda.driver, pycuda.double = driver, _board
+    compiler.compile = compile
+    pycuda.driver, pycuda.compiler, pycuda.double = driver, compiler, _board
     pycuda.VERSION, pycuda.VERSION_STATUS, pycuda.VERSION_TEXT = (2022, 1), "", "2022.1"
     return pycuda
