@@ -16,7 +16,7 @@ from doubles import child_env, install, kernels
 from edge import images, resample, scores, tiles
 
 SOURCES = {os.path.basename(path): open(path, encoding="utf-8").read()
-           for path in sorted(glob.glob(os.path.join(ROOT, "edge", "kernels", "*.cu")))}
+           for path in sorted(glob.glob(os.path.join(ROOT, "edge", "*", "*.cu")))}
 KERNELS = sorted((name, kernel) for name, text in SOURCES.items() for kernel in re.findall(r"__global__ void (\w+)\(", text))
 BLOCK = (7, 3, 1)  # odd, so that threads are left over on both sides
 

@@ -1,0 +1,87 @@
+"""From a picture to class ids by way of samples: the one path that training's evaluation, the parity check and the runtime share.
+
+As edge.scores, callers differ in who computes a net, and pass it in as functions."""
+from typing import NamedTuple
+
+import numpy as np
+
+from edge import images, scores
+from edge.warp import reference
+
+
+class WarpRecipe(NamedTuple):
+    """How the two nets want their pixels."""
+    resize: str      # 'none' | 'long' | 'stretch': images.fitted_size, of the image that is sampled
+    resize_px: int
+    task: tuple      # (height, width) px of the segmentation net's input: samples
+    density: tuple   # (height, width) px of the deformation net's input
+    radius: tuple    # of the density's pull, its rows and columns
+    mean: tuple      # of x/255, RGB
+    std: tuple
+
+
+class Still:
+    """Places of samples that are used again while the scene is still: while no pixel of the small image differs from the one
+    that they were made for by more than `threshold`, on average over the image, of 255."""
+
+    def __init__(self, threshold):
+        self.threshold, self._small, self._positions = threshold, None, None
+
+    def find(self, small):
+        """The positions kept, or None when `small` (h, w, 3) uint8 is another scene."""
+        if self._small is None or self._small.shape != small.shape:
+            return None
+        apart = np.abs(self._small.astype(np.int16) - small).mean()
+        return self._positions if apart <= self.threshold else None
+
+    def keep(self, small, positions):
+        self._small, self._positions = small, positions
+
+
+def look(picture, recipe, logits_of, lap, still):
+    """(view, positions): the picture at the size that is sampled, and where its samples lie, (th, tw, 2).
+
+    logits_of(pixels (1, 3, h, w) float32) -> density logits (h, w); None: samples stay where they are."""
+    view = scores.Host().fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
+    if logits_of is None:
+        lap("prepare")
+        return view, reference.own_positions(*recipe.task)
+    small = images.whole(images.resized(view, *recipe.density))
+    positions = still and still.find(small)
+    if positions is None:
+        ready = images.normalise(small[None], recipe.mean, recipe.std)
+        lap("prepare")
+        logits = logits_of(ready)
+        lap("run")
+        positions = reference.grid(reference.softmax(logits), *(recipe.task + recipe.radius))
+        if still:
+            still.keep(small, positions)
+    lap("prepare")
+    return view, positions
+
+
+def sampled_scores(picture, recipe, logits_of, score, lap, still):
+    """(scores (C, th, tw) of the samples, their positions). score(pixels (1, 3, th, tw) float32) -> (1, C, th, tw) float32."""
+    view, positions = look(picture, recipe, logits_of, lap, still)
+    pixels = images.normalise(reference.sample(view, positions)[None], recipe.mean, recipe.std)
+    lap("sample")
+    found = score(pixels)[0]
+    lap("run")
+    return found, positions
+
+
+def score_bands(picture, recipe, logits_of, score, lap=lambda stage: None, still=None):
+    """Yield (y0, scores (C, h, W) float32) of the rows of `picture` from the top, all rows, in its own size.
+
+    logits_of, score: see look(), sampled_scores(); lap(stage) is called when a stage of work ends."""
+    for y0, band in reference.unwarp(*sampled_scores(picture, recipe, logits_of, score, lap, still) + (picture.height, picture.width)):
+        lap("unwarp")
+        yield y0, band
+
+
+def label_bands(picture, recipe, logits_of, score, lap=lambda stage: None, still=None):
+    """As score_bands(), and much faster: class ids (h, W) uint8."""
+    for y0, labels in reference.unwarp_labels(*sampled_scores(picture, recipe, logits_of, score, lap, still) + (
+            picture.height, picture.width)):
+        lap("unwarp")
+        yield y0, labels
