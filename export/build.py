@@ -1,6 +1,7 @@
 """ONNX -> TensorRT engines on the board: one child per stage and attempt, ever less memory, parity, contract."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from edge.errors import BadFile, EngineMismatch, MissingPart, OverBudget, UsageE
 from edge.optional import need
 from edge.pipeline import Segmenter
 from export import parity
+from jetson.memory import field_mib, read_text
 
 WORKSPACES_MIB = (512, 128, 32, 8)  # tried in this order when the kernel kills the builder; 1 GB is too much for a Nano
+WHOLE = ("deform",)  # stages kept in float32: their output says where samples lie
+PACE_S = 5  # between two lines about a build in the same phase
 
 
 def build(model, out, config):
@@ -27,13 +31,13 @@ def build(model, out, config):
         plans, stages = {}, []
         for stage in made["stages"]:
             name = "%s.plan" % (stem if not stages else "%s.%s" % (stem, stage["name"]))
-            source = files[stage["name"]]
-            if config.fp16 and not facts["half_flag"]:
+            source, half = files[stage["name"]], config.fp16 and stage["name"] not in WHOLE
+            if half and not facts["half_flag"]:
                 from export.halve import halve
                 source = os.path.join(scratch, stage["file"])
                 halve(files[stage["name"]], source, config.float32.split())
             plans[stage["name"]] = os.path.join(scratch, name)
-            _stage(stage, source, plans[stage["name"]], facts, config)
+            _stage(stage, source, plans[stage["name"]], facts, config._replace(fp16=half))
             stages.append(dict(stage, file=name, sha256=contract.sha256(plans[stage["name"]])))
         engine = {key: facts[key] for key in ("tensorrt", "device", "compute_capability")}
         engine.update(precision="float16" if config.fp16 else "float32", source={s["name"]: s["sha256"] for s in made["stages"]})
@@ -69,7 +73,7 @@ def _spoiled(files, calls, config):
         return []
     found = []
     with tempfile.TemporaryDirectory() as scratch:
-        for stage, kept in calls.items():
+        for stage, kept in ((stage, kept) for stage, kept in calls.items() if stage not in WHOLE):
             halved = os.path.join(scratch, "half.onnx")
             halve(files[stage], halved, config.float32.split())
             found += [node for node, _off in spoiled(files[stage], halved, kept[0][0])]
@@ -118,16 +122,18 @@ def ladder(name, job, most_mib):
 
 
 def _child(job, name=""):
-    """The answer of a builder process; None when it was killed. Says every half minute that it is still at work."""
+    """The answer of a builder process; None when it was killed. Of one with a name it says what it is at: each phase, and
+    every PACE_S seconds."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen([sys.executable, "-m", "export.builder", json.dumps(job)], stdout=output, stderr=errors)
-        began = told = time.time()
+        began, told, phase = time.time(), 0, ""
         try:
             while child.poll() is None:
                 time.sleep(0.05)
-                if name and time.time() - told > 30:
-                    told = time.time()
-                    say("%s: still building after %.0f s" % (name, told - began))
+                last, held = _told(output.fileno()), field_mib(read_text("/proc/%d/status" % child.pid), "VmRSS")
+                if name and last and held and (last["phase"] != phase or time.time() - told >= PACE_S):
+                    told, phase = time.time(), last["phase"]
+                    say("%s: %s%s, %.0f s, builder at %.0f MiB" % (name, phase, last["at"], told - began, held))
         finally:
             if child.poll() is None:  # Ctrl-C: the child has had it too
                 child.kill()
@@ -141,3 +147,10 @@ def _child(job, name=""):
     if child.returncode or not text:
         raise EngineMismatch("the builder ended with %s: %s" % (child.returncode, words[-400:] or "no word"))
     return json.loads(text.splitlines()[-1])
+
+
+def _told(handle):
+    """The last whole line about progress in the file that a builder is writing; None before the first."""
+    tail = os.pread(handle, 4000, max(0, os.fstat(handle).st_size - 4000))  # seek() would move where the child writes
+    found = re.findall(br'^\{"phase": .*\}$', tail, re.M)
+    return json.loads(found[-1].decode()) if found else None

@@ -2,11 +2,12 @@
 
     python -m export.builder JOB
 
-JOB is a JSON object: onnx, plan, cache (paths), fp16 (bool), workspace_mib, lean (bool), float32 (layer names); without 'onnx'
-it only looks around. The answer is one JSON line on stdout: {"tensorrt", "device", "compute_capability"} and, after a build,
-"failed": null or TensorRT's own words."""
+JOB is a JSON object: onnx, plan, cache (paths), fp16 (bool), workspace_mib, lean (bool), float32 (layer names); without
+'onnx' it only looks around. On stdout come lines of {"phase", "at"}, what TensorRT is at, and as the last one the answer:
+{"tensorrt", "device", "compute_capability"} and, after a build, "failed": null or TensorRT's own words."""
 import json
 import os
+import re
 import sys
 
 from edge.backends.trt import logger
@@ -33,7 +34,9 @@ def main(argv):
 
 def build(trt, job):
     """Build job['plan'] from job['onnx']. Returns None, or why it was not possible, in TensorRT's words."""
-    log = logger(trt)
+    monitored = hasattr(trt, "IProgressMonitor")
+    log = logger(trt, (lambda message: None) if monitored else listener())
+    tell("parsing")
     trt.init_libnvinfer_plugins(log, "")
     builder = trt.Builder(log)
     explicit = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # a must before 10, gone in 11
@@ -51,6 +54,9 @@ def build(trt, job):
     else:
         cache = config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)
+    tell("optimising")
+    if monitored:
+        config.progress_monitor = monitor(trt)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return log.tail()
@@ -59,6 +65,50 @@ def build(trt, job):
     with written(job["cache"], "wb") as handle:
         handle.write(config.get_timing_cache().serialize())
     return None
+
+
+def tell(phase, at=""):
+    sys.stdout.write(json.dumps({"phase": phase, "at": at}) + "\n")
+    sys.stdout.flush()
+
+
+def listener():
+    """A function of TensorRT's messages that tells which layer's kernels are timed: before 10 there is no other sign."""
+    layers = {"timed": 0, "all": 0}
+
+    def hear(message):
+        fused = re.match(r"After [\w -]+: (\d+) layers", message)
+        if fused:
+            layers["all"] = int(fused.group(1))
+        elif message.startswith("=============== Computing costs for"):
+            layers["timed"] += 1
+            tell("timing kernels", ", layer %d of %d" % (layers["timed"], max(layers.values())))
+        elif message.startswith("Formats and tactics selection completed"):
+            tell("making the engine")
+    return hear
+
+
+def monitor(trt):
+    """An IProgressMonitor that tells the phases down to the net's layers; the ones below are of one layer each."""
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self):
+            trt.IProgressMonitor.__init__(self)
+            self.phases = {}  # of those begun: depth and steps
+
+        def phase_start(self, phase_name, parent_phase, num_steps):
+            self.phases[phase_name] = self.phases.get(parent_phase, (-1, 0))[0] + 1, num_steps
+            self.step_complete(phase_name, -1)
+
+        def step_complete(self, phase_name, step):
+            depth, steps = self.phases.get(phase_name, (9, 0))
+            if depth <= 3:
+                tell(phase_name.lower(), ", step %d of %d" % (step + 1, steps))
+            return True  # False would end the build
+
+        def phase_finish(self, phase_name):
+            self.phases.pop(phase_name, None)
+
+    return Monitor()
 
 
 def _configure(trt, config, network, job):

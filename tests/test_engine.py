@@ -82,6 +82,17 @@ def test_engine_gives_the_masks_of_onnx_runtime(generation, built, frame, expect
     assert sorted(os.listdir(str(folder)))[:4] == ["cache", "model.head.plan", "model.plan", "model.plan.json"]
 
 
+def test_without_nvcc_the_cpu_prepares_and_decodes(built, frame, expected):
+    folder = built("8.2")
+    shutil.rmtree(str(folder / "cache" / "nanopatch" / "kernels"))
+    done = run(folder, "8.2", folder / "model.plan", frame, no_nvcc=1)
+    assert done.returncode == 0 and "warning: pixels are prepared and decoded on the CPU" in done.stderr, done.stderr
+    assert (np.asarray(Image.open(str(folder / "out.png"))) == expected).all()
+    done = run(folder, "8.2", folder / "model.plan", frame)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert len(os.listdir(str(folder / "cache" / "nanopatch" / "kernels"))) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", ["8.2", "10.3", "11.4"])
 def test_half_precision_keeps_inputs_and_outputs_in_float32(generation, trained, frame, expected, tmp_path):
@@ -211,7 +222,7 @@ def test_a_file_that_passed_is_not_tried_again(engine, frame, tmp_path, monkeypa
     assert run(tmp_path, "8.2", engine, frame).returncode == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install(monkeypatch, "8.2")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **more: pytest.fail("tried again"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: pytest.fail("tried again"))
     trial.demand(str(engine), "trt", contract.load(str(engine))[0])
 
 
@@ -262,3 +273,97 @@ def test_another_thread_is_told_so(built, monkeypatch):
     assert caught and "second thread" in caught[0]
 
 
+SAID = r"(?m)^head: (.*?)(?:, (?:layer|step) (\d+) of (\d+))?, \d+ s, builder at (\d+) MiB$"
+
+
+def head_job(trained, folder):
+    return {"onnx": str(trained["folder"] / "model.head.onnx"), "plan": str(folder / "a.plan"), "cache": str(folder / "timing"),
+            "fp16": False, "float32": []}
+
+
+@pytest.mark.parametrize("generation, pace_s", [("8.2", 0), ("10.3", 0), ("8.6", 10 ** 6), ("11.4", 10 ** 6)])
+def test_a_build_says_what_it_is_at(generation, pace_s, trained, tmp_path, monkeypatch, capsys):
+    import re
+    import export.build as building
+    for name, value in board(generation, tmp_path, pause_s=0.1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(building, "PACE_S", pace_s)
+    ladder("head", head_job(trained, tmp_path), 512)
+    said = re.findall(SAID, capsys.readouterr().err)
+    timing = [line for line in said if line[0] == ("timing graph nodes" if generation[0] == "1" else "timing kernels")]
+    layers = [int(done) for _phase, done, _all, _mib in timing]
+    assert layers == sorted(layers) and layers[-1] <= int(timing[-1][2]) > 3 and all(int(line[3]) > 10 for line in timing), said
+    assert len(timing) == 1 if pace_s else len(set(layers)) > 3, said
+    assert not [phase for phase, _done, _all, _mib in said if "finding" in phase], said
+
+
+def test_the_listener_counts_layers_and_not_reformats(capsys):
+    """Lines as 8.x wrote them, and 10.x."""
+    from export.builder import listener
+    hear = listener()
+    for line in ("Original: 12 layers", "After vertical fusions: 5 layers", "After concat removal: 2 layers",
+                 "=============== Computing reformatting costs", "--------------- Timing Runner: Optimizer Reformat (Reformat)",
+                 "=============== Computing costs for ", "--------------- Timing Runner: Conv_0 + Relu_1 (CaskConvolution)",
+                 "Tactic: 0x00000000000003ea Time: 0.00364102", "=============== Computing costs for /features/features.0/Conv",
+                 "Formats and tactics selection completed in 178.061 seconds.", "After reformat layers: 4 layers"):
+        hear(line)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        {"phase": "timing kernels", "at": ", layer 1 of 2"}, {"phase": "timing kernels", "at": ", layer 2 of 2"},
+        {"phase": "making the engine", "at": ""}]
+
+
+def test_ctrl_c_ends_the_builder(trained, tmp_path, monkeypatch):
+    import export.build as building
+    started, real = [], subprocess.Popen
+
+    def popen(*args, **more):
+        started.append(real(*args, **more))
+        return started[0]
+
+    def interrupt(_seconds):
+        raise KeyboardInterrupt
+
+    for name, value in board("8.2", tmp_path, pause_s=60).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(building.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ladder("head", head_job(trained, tmp_path), 512)
+    assert len(started) == 1 and started[0].returncode == -9 and not (tmp_path / "a.plan").exists()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_double_knows_a_progress_monitor_where_tensorrt_does(generation, trained, monkeypatch):
+    trt, _pycuda = install(monkeypatch, generation)
+    log = backend.logger(trt)
+    builder = trt.Builder(log)
+    config = builder.create_builder_config()
+    if generation in ("8.2", "8.6"):
+        with pytest.raises(AttributeError):
+            config.progress_monitor = None
+        assert not hasattr(trt, "IProgressMonitor") and not hasattr(config, "progress_monitor")
+        return
+
+    class Forgets(trt.IProgressMonitor):
+        def __init__(self):
+            pass
+
+    class Ends(trt.IProgressMonitor):
+        def __init__(self):
+            trt.IProgressMonitor.__init__(self)
+
+        phase_start = phase_finish = lambda *unused: None
+
+        def step_complete(self, phase_name, step):
+            return step < 1
+
+    with pytest.raises(TypeError, match="__init__"):
+        Forgets()
+    with pytest.raises(TypeError):
+        config.progress_monitor = object()
+    with pytest.raises(RuntimeError, match="pure virtual"):
+        trt.IProgressMonitor().phase_start("x", "", 1)
+    network = builder.create_network(0 if generation == "11.4" else 1)
+    assert trt.OnnxParser(network, log).parse((trained["folder"] / "model.head.onnx").read_bytes())
+    config.progress_monitor = monitor = Ends()
+    assert config.progress_monitor is monitor and builder.build_serialized_network(network, config) is None

@@ -19,6 +19,7 @@ from train_lite import checkpoint
 TIMES = float(os.environ.get("NANOPATCH_FUZZ", "1"))
 ODD = [None, True, -1, 0, 1, 10 ** 9, -0.5, float("inf"), "", "x", "../up", "a" * 10000, [], {}, [[]], {"a": 1}]
 LONGEST_S = 2.0
+MOST_MIB = 30  # that thousands of small files may add to this process
 
 
 def mutated(rng, value):
@@ -86,12 +87,12 @@ def test_contracts(engine, trained, tmp_path):
     if engine:
         made["engine"] = {"tensorrt": "8.2.1.8", "device": "x", "compute_capability": "5.3", "precision": "float16", "source": {}}
     model, text = str(folder / ("model" + suffix)), json.dumps(made).encode()
-    path = contract.path_beside(model)
+    path, before = contract.path_beside(model), peak_mib()
     for number in range(int(600 * TIMES)):
         with open(path, "wb") as handle:
             handle.write(flipped(rng, text) if number % 3 == 0 else json.dumps(mutated(rng, made)).encode())
         survives(lambda: contract.load(model), seen)
-    assert seen.get(5, 0) > 0.5 * sum(seen.values()), seen
+    assert seen.get(5, 0) > 0.5 * sum(seen.values()) and peak_mib() - before < MOST_MIB, seen
 
 
 def test_checkpoints(tmp_path):
@@ -106,23 +107,24 @@ def test_checkpoints(tmp_path):
         with open(path, "wb") as handle:
             handle.write(flipped(rng, data))
         survives(lambda: checkpoint.read(path, ours=bool(number % 2)), seen)
-    assert seen.get(5, 0) > 0.5 * sum(seen.values()) and peak_mib() - before < 30, seen
+    assert seen.get(5, 0) > 0.5 * sum(seen.values()) and peak_mib() - before < MOST_MIB, seen
 
 
 def test_configs(tmp_path):
     from train_lite.config import CHOICES, TrainConfig
     rng, seen = random.Random(9), {}
-    path, whole = str(tmp_path / "config.json"), TrainConfig()._asdict()
+    path, whole, before = str(tmp_path / "config.json"), TrainConfig()._asdict(), peak_mib()
     for number in range(int(200 * TIMES)):
         with open(path, "wb") as handle:
             handle.write(flipped(rng, json.dumps(whole).encode()) if number % 2 else json.dumps(mutated(rng, dict(whole))).encode())
         survives(lambda: from_json(path, TrainConfig._field_defaults, CHOICES), seen)
-    assert seen
+    assert seen and peak_mib() - before < MOST_MIB
 
 
 @pytest.mark.slow
 def test_models_go_through_the_child(trained, tmp_path, monkeypatch):
-    """The contract is made to agree with the mutated file, so that the runtime sees every one of them."""
+    """The contract is made to agree with the mutated file, so that the runtime sees every one of them. The child takes at
+    most twice the memory that it takes with the healthy file, and two seconds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rng, seen, model = random.Random(11), {}, str(tmp_path / "model.onnx")
     made = contract.load(str(trained["model"]))[0]
@@ -130,10 +132,24 @@ def test_models_go_through_the_child(trained, tmp_path, monkeypatch):
         shutil.copy(str(trained["folder"] / stage["file"]), str(tmp_path / stage["file"]))
     with open(model, "rb") as handle:
         data = handle.read()
-    for _ in range(int(6 * TIMES)):
+    held, spent, real = [], [], trial.watched
+
+    def watched(*args):
+        before = os.times()
+        done = real(*args)
+        after = os.times()
+        held.append(done[2])
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        return done
+
+    monkeypatch.setattr(trial, "watched", watched)
+    for number in range(1 + int(6 * TIMES)):
         with open(model, "wb") as handle:
-            handle.write(flipped(rng, data))
+            handle.write(flipped(rng, data) if number else data)
         made["stages"][0]["sha256"] = contract.sha256(model)
         contract.write(contract.path_beside(model), made)
         survives(lambda: trial.demand(model, "ort", contract.load(model)[0]), seen)
-    assert sum(seen.values()) == int(6 * TIMES)
+        assert not held or held[-1] < 2 * held[0] and spent[-1] < LONGEST_S, (number, held[-1], held[0], spent[-1])
+    print("healthy %.0f MiB %.2f s, mutated at most %.0f MiB %.2f s: %s" % (
+        held[0], spent[0], max(held[1:]), max(spent[1:]), seen))
+    assert sum(seen.values()) == 1 + int(6 * TIMES) and seen["accepted"]

@@ -38,6 +38,11 @@ UNLISTED = {
                     NORMALIZATION""".split(),
     "ErrorCode": """SUCCESS INTERNAL_ERROR MEM_ALLOC_FAILED MODEL_DESERIALIZE_FAILED INVALID_VALUE INVALID_GRAPH
                     INVALID_NODE UNSUPPORTED_GRAPH UNSUPPORTED_NODE""".split()}
+# a class named in __all__ that the listings leave out: the arguments are those of the documentation and pyCore.cpp
+UNLISTED_METHODS = {"IProgressMonitor": ["__init__(self: tensorrt.IProgressMonitor) -> None",
+                                         "phase_start(self: X, phase_name: str, parent_phase: str, num_steps: int) -> None",
+                                         "step_complete(self: X, phase_name: str, step: int) -> bool",
+                                         "phase_finish(self: X, phase_name: str) -> None"]}
 SEVERITY = "INTERNAL_ERROR ERROR WARNING INFO VERBOSE".split()
 LAYERS = {op: kind for kind, ops in {
     "CONVOLUTION": "Conv", "DECONVOLUTION": "ConvTranspose", "ACTIVATION": "Relu Sigmoid LeakyRelu Clip Tanh Elu Selu",
@@ -184,6 +189,10 @@ class Library:
                     self._enum(name, [m for m, member in members.items() if member["kind"] == "value"])
                 else:
                     self.types[name] = self._bind(name, members)
+        for name, signatures in UNLISTED_METHODS.items():
+            if name in self.listing["__all__"]:
+                self.types[name] = self._bind(name, {
+                    text.partition("(")[0]: {"kind": "method", "signatures": [text]} for text in signatures})
         self.types["IHostMemory"] = IHostMemory
         for name, members in UNLISTED.items():
             self._enum(name, members, members)
@@ -339,12 +348,13 @@ class Knobs:
     fixed_mib = 600  # of a process that builds, before the workspace
 
     def __init__(self):
-        names = ("KILL_MIB", "FAIL_BUILD", "OUT_OF_MEMORY", "NEEDS_CUDNN")
+        names = ("KILL_MIB", "FAIL_BUILD", "OUT_OF_MEMORY", "NEEDS_CUDNN", "PAUSE_S")
         env = {name: os.environ.get("NANOPATCH_DOUBLE_" + name) for name in names}
         self.kill_above_mib = int(env["KILL_MIB"]) if env["KILL_MIB"] else None  # then SIGKILL, as the kernel does
         self.fail_build = env["FAIL_BUILD"] or ""                # text for the logger; the build gives None
         self.out_of_memory = bool(env["OUT_OF_MEMORY"])          # the build logs it and gives None
         self.needs_cudnn = bool(env["NEEDS_CUDNN"])              # no tactic found when CUDNN is not among the sources
+        self.pause_s = float(env["PAUSE_S"] or 0)                # that timing the kernels of a layer takes
 
     def needs_mib(self, workspace_mib):
         return self.fixed_mib + workspace_mib
@@ -404,6 +414,17 @@ class Logger:
 class IProfiler:
     def report_layer_time(self, layer_name, ms):
         raise RuntimeError('Tried to call pure virtual function "nvinfer1::IProfiler::reportLayerTime"')
+
+
+class IProgressMonitor:
+    def phase_start(self, phase_name, parent_phase, num_steps):
+        raise RuntimeError('Tried to call pure virtual function "nvinfer1::IProgressMonitor::phaseStart"')
+
+    def step_complete(self, phase_name, step):
+        raise RuntimeError('Tried to call pure virtual function "nvinfer1::IProgressMonitor::stepComplete"')
+
+    def phase_finish(self, phase_name):
+        raise RuntimeError('Tried to call pure virtual function "nvinfer1::IProgressMonitor::phaseFinish"')
 
 
 class Dims:
@@ -703,13 +724,14 @@ class IBuilderConfig(_Flags):
         self.reset()
 
     def reset(self):
-        self.pools, self.cache, self.profiles, self.previews = {}, None, [], set()
+        self.pools, self.cache, self.profiles, self.previews, self.monitor_ = {}, None, [], set(), None
         self.bits = 1 << int(self.lib.enum("BuilderFlag.TF32"))
         self.sources = (1 << len(self.lib.types["TacticSource"]._members)) - 1
         self.workspace = 0 if self.lib.generation < (8, 4) else self.lib.gpu.memory_mib * MIB
         self.__dict__.pop("kept", None)
 
     max_workspace_size = _typed("workspace", "int")
+    progress_monitor = _typed("monitor_", "IProgressMonitor")
 
     def set_memory_pool_limit(self, pool, pool_size):
         if pool.name == "WORKSPACE":
@@ -790,6 +812,38 @@ class Builder:
     def _fail(self, text):
         self.lib.say(self.logger_, "ERROR", text)
 
+    def _time(self, layers, monitor):
+        """What the log and an IProgressMonitor get while kernels are timed. False when the monitor ends the build."""
+        lib, count = self.lib, len(layers)
+        for text in ("Original: %d layers" % count, "After dead-layer removal: %d layers" % count,
+                     "After concat removal: %d layers" % count, "=============== Computing reformatting costs",
+                     "--------------- Timing Runner: Optimizer Reformat(x -> y) (Reformat)"):
+            lib.say(self.logger_, "VERBOSE", text)
+        phases = ["Building engine", "Building engine from subgraph", "Computing profile costs", "Timing graph nodes"]
+        go_on = True
+        for phase, parent in zip(phases, [None] + phases) if monitor is not None else ():
+            monitor.phase_start(phase, parent, count if phase == phases[-1] else 1)
+        for index, layer in enumerate(layers):
+            for text in ("=============== Computing costs for %s" % (layer if lib.generation >= (9,) else ""),
+                         "*************** Autotuning format combination: Float(8,1) -> Float(8,1) ***************",
+                         "--------------- Timing Runner: %s (CaskConvolution)" % layer,
+                         "Tactic: 0x0000000000000000 Time: 0.01"):
+                lib.say(self.logger_, "VERBOSE", text)
+            time.sleep(lib.knobs.pause_s)
+            if monitor is not None:
+                own = "Finding fastest tactic for %s" % layer
+                monitor.phase_start(own, phases[-1], 1)
+                go_on = monitor.step_complete(own, 0) and go_on
+                monitor.phase_finish(own)
+                go_on = monitor.step_complete(phases[-1], index) and go_on
+            if not go_on:
+                break
+        for phase in reversed(phases) if monitor is not None else ():
+            monitor.phase_finish(phase)
+        lib.say(self.logger_, "VERBOSE", "Formats and tactics selection completed in 0.01 seconds.")
+        lib.say(self.logger_, "VERBOSE", "After reformat layers: %d layers" % count)
+        return go_on
+
     def build_serialized_network(self, network, config, kernel_text=None):
         if kernel_text is not None:
             raise NotSimulated("the double does not simulate build_serialized_network(kernel_text=...)")
@@ -815,6 +869,8 @@ class Builder:
         full = [tensor.name for layer in network.layers for tensor in layer._d.outputs
                 if strict and layer._d.precision_is_set and layer._d.precision.name == "FLOAT"]
         layers = [layer.name for layer in network.layers]
+        if not self._time(layers, config.monitor_):
+            return None
         if config.cache is not None:
             config.cache._d.content["layers"] = sorted(set(config.cache._d.content["layers"]) | set(layers))
         plugins = [] if network.native_norm else ["InstanceNormalization_TRT"] * any(
@@ -1203,8 +1259,8 @@ class IExecutionContext(_Native):
 
 
 BEHAVIOUR = {cls.__name__: cls for cls in (
-    ILogger, Logger, IProfiler, Dims, IHostMemory, ITensor, ILayer, INetworkDefinition, ParserError, OnnxParser,
-    ITimingCache, IOptimizationProfile, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext)}
+    ILogger, Logger, IProfiler, IProgressMonitor, Dims, IHostMemory, ITensor, ILayer, INetworkDefinition, ParserError,
+    OnnxParser, ITimingCache, IOptimizationProfile, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext)}
 
 
 class _Module(types.ModuleType):
