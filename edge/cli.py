@@ -10,6 +10,7 @@ from edge.errors import UsageError
 from edge.pipeline import Segmenter
 from edge.sinks import Sinks
 from edge.sources import open_source
+from edge.warp.path import Still
 
 
 class EdgeConfig(NamedTuple):
@@ -19,6 +20,7 @@ class EdgeConfig(NamedTuple):
     overlay: bool = True
     backend: str = "auto"
     resize: str = "model"
+    still: float = -1.0
     frames: int = 0
     threads: int = 0
     benchmark: bool = False
@@ -35,6 +37,8 @@ HELPS = {
     "overlay": "also write the mask painted over the image",
     "backend": "who computes the net; auto: by the model file's suffix",
     "resize": "model: frames are brought to the size the net was trained at; none: taken as they are",
+    "still": "deform: keep the samples' places while a frame differs by at most this much of 255, on average over the small image; "
+             "0: while it is exactly the same; -1: never",
     "frames": "stop after this many frames; 0: all of them, 10 of a synthetic source",
     "threads": "CPU threads; 0: all cores",
     "benchmark": "time the path from decoded frame to mask, per stage, and write nothing",
@@ -67,7 +71,8 @@ def main(argv):
     trial.demand(config.engine, backend.NAME, made)
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
     source = open_source(config.input, limit)
-    with Segmenter(made, files, backend, config.threads, config.resize) as pipeline:
+    with Segmenter(made, files, backend, config.threads, config.resize,
+                   Still(config.still) if config.still >= 0 else None) as pipeline:
         if config.benchmark:
             return _benchmark(config, source, pipeline)
         sinks = Sinks(config.output, pipeline.palette, config.overlay)

@@ -12,11 +12,13 @@ from edge import schema
 from edge.command import read_json, written
 from edge.errors import BadFile, UsageError
 from edge.scores import Recipe
+from edge.warp.path import WarpRecipe
 
 SCHEMA_VERSION = 1
 GEOMETRY_VERSION = 1  # raised when edge.geometry changes what a coordinate means
 FEATURES = 8  # maps between encoder and head
-STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"]}
+STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"], "uniform": ["net"], "deform": ["deform", "net"]}
+WARPED = ("uniform", "deform")  # pipelines whose net sees samples of the whole image
 
 
 def path_beside(model):
@@ -86,9 +88,14 @@ def _disagreements(contract, model):
         wrong.append("stages are %s, a %s pipeline has %s" % (names, contract["pipeline"], STAGES[contract["pipeline"]]))
     if (contract["overview"] is None) == (contract["pipeline"] == "patch"):
         wrong.append("overview is %s in a %s pipeline" % (contract["overview"], contract["pipeline"]))
-    if contract["overview"] and contract["overview"]["size"] != contract["tile"]["size"]:
+    warped = contract["pipeline"] in WARPED
+    if (contract["tile"] is None, "warp" in contract) != (warped, warped):
+        return wrong + ["a %s pipeline has %s" % (contract["pipeline"], "a warp and no tile" if warped else "a tile and no warp")]
+    if warped and any(reach > nodes for reach, nodes in zip(contract["warp"]["radius"], contract["warp"]["density"])):
+        wrong.append("the density's pull, radius %(radius)s, reaches further than its %(density)s px" % contract["warp"])
+    if not warped and contract["overview"] and contract["overview"]["size"] != contract["tile"]["size"]:
         wrong.append("the overview has %d px, its encoder takes %d" % (contract["overview"]["size"], contract["tile"]["size"]))
-    if contract["tile"]["overlap"] >= contract["tile"]["size"]:
+    if not warped and contract["tile"]["overlap"] >= contract["tile"]["size"]:
         wrong.append("tile overlap %(overlap)d is not smaller than the tile, %(size)d" % contract["tile"])
     for stage in contract["stages"]:
         if stage["file"].endswith(".plan") != ("engine" in contract):
@@ -110,9 +117,14 @@ def _disagreements(contract, model):
 
 
 def _shapes(contract, stage):
-    """What tile, overview and classes say about the tensors of a stage: {side: {name: shape}}."""
-    side, batch = contract["tile"]["size"], contract["tile"]["batch"]
+    """What tile, overview, warp and classes say about the tensors of a stage: {side: {name: shape}}."""
     outputs = 1 if len(contract["classes"]) == 2 else len(contract["classes"])
+    if contract["pipeline"] in WARPED:
+        size = contract["warp"]["density" if stage == "deform" else "task"]
+        if stage == "deform":
+            return {"inputs": {"image": [1, 3] + size}, "outputs": {"logits": [1, 1] + size}}
+        return {"inputs": {"samples": [1, 3] + size}, "outputs": {"scores": [1, outputs] + size}}
+    side, batch = contract["tile"]["size"], contract["tile"]["batch"]
     pixels, scores = {"pixels": [batch, 3, side, side]}, {"scores": [batch, outputs, side, side]}
     if stage == "net":
         return {"inputs": pixels, "outputs": scores}
@@ -125,10 +137,15 @@ def _shapes(contract, stage):
 
 
 def recipe(contract):
-    """The contract's Recipe: how its net wants its pixels."""
+    """The contract's Recipe, or WarpRecipe: how its nets want their pixels."""
     image, tile, overview = contract["image"], contract["tile"], contract["overview"]
+    colours = tuple(image["mean"]), tuple(image["std"])
+    if contract["pipeline"] in WARPED:
+        warp = contract["warp"]
+        return WarpRecipe(image["resize"], image["resize_px"], tuple(warp["task"]), tuple(warp["density"]), tuple(warp["radius"]),
+                          *colours)
     return Recipe(image["resize"], image["resize_px"], tile["size"], tile["overlap"], tile["batch"],
-                  overview["size"] if overview else 0, tuple(image["mean"]), tuple(image["std"]))
+                  overview["size"] if overview else 0, *colours)
 
 
 def check_tensors(stage, side, found):

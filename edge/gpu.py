@@ -134,3 +134,32 @@ class Part:
 
     def __array__(self, dtype=None, copy=None):
         return self._buffer.get()[self._index]
+
+
+class Rooms:
+    """Memory by name, the same for each name while it is large enough: frames of a camera then allocate once."""
+
+    def __init__(self, gpu, kind):
+        self.gpu, self.kind, self._buffers, self._rooms = gpu, kind, {}, {}
+
+    def sent(self, name, array):
+        """The address of an array on the device."""
+        buffer = self.buffer(name, array.nbytes)
+        buffer.put_first(array)
+        return buffer.address
+
+    def buffer(self, name, nbytes):
+        """At least nbytes that both sides see, as a flat uint8 Buffer."""
+        if name not in self._buffers or len(self._buffers[name]) < nbytes:
+            if name in self._buffers:
+                self.gpu.free(self._buffers.pop(name))
+            self._buffers[name] = self.gpu.buffer((nbytes,), np.uint8, self.kind)
+        return self._buffers[name]
+
+    def room(self, name, nbytes):
+        """At least nbytes of the device alone. Returns the address."""
+        if name not in self._rooms or self._rooms[name][1] < nbytes:
+            if name in self._rooms:
+                self.gpu.free(self._rooms.pop(name)[0])
+            self._rooms[name] = self.gpu.room(nbytes), nbytes
+        return int(self._rooms[name][0])

@@ -4,18 +4,21 @@ import numpy as np
 from edge import contract as contracts
 from edge import scores
 from edge.errors import BadFile
+from edge.warp import path
 
 
 class Segmenter:
     """Class ids for pictures of any size. Use as a context manager, or close() it.
 
     contract, files: from contract.load; backend: from backends.choose; threads: 0 for all cores;
-    resize: 'model' (frames are brought to the size the net was trained at) or 'none' (taken as they are)."""
+    resize: 'model' (frames are brought to the size the net was trained at) or 'none' (taken as they are); still: how much a
+    frame may differ for the samples' places to be used again, path.Still; None: never."""
 
-    def __init__(self, contract, files, backend, threads=0, resize="model"):
+    def __init__(self, contract, files, backend, threads=0, resize="model", still=None):
         self.recipe = contracts.recipe(contract)
         if resize == "none":
             self.recipe = self.recipe._replace(resize="none")
+        self._looks, self._still = contract["pipeline"] == "deform", still
         self.palette = [tuple(entry["colour"]) for entry in contract["classes"]]
         self.classes = [entry["name"] for entry in contract["classes"]]
         self.session = backend.Session(contract, files, threads)
@@ -44,16 +47,31 @@ class Segmenter:
         return self.session.run("head", {"features": features, "overview": overview, "rows": self._full(rows),
                                          "cols": self._full(cols)}, keep=True)["scores"]
 
+    def logits(self, image):
+        return self.session.run("deform", {"image": image})["logits"][0, 0]
+
+    def score_samples(self, samples):
+        return self.session.run("net", {"samples": samples}, keep=True)["scores"]
+
     def score_bands(self, picture, lap=lambda stage: None):
         """Yield (y0, scores) as edge.scores.score_bands: in the form that session.pixels.scores() and labels() take."""
+        if isinstance(self.recipe, path.WarpRecipe):
+            return path.score_bands(*self._warped(picture, lap))
         return scores.score_bands(picture, self.recipe, self.encode, self.score, lap, self.session.pixels)
 
     def bands(self, picture, lap=lambda stage: None):
         """Yield class ids (h, W) uint8 of the rows of `picture` from the top, all rows once, in its own size."""
+        if isinstance(self.recipe, path.WarpRecipe):
+            for _y0, labels in path.label_bands(*self._warped(picture, lap)):
+                yield labels
+            return
         for _y0, band in self.score_bands(picture, lap):
             labels = self.session.pixels.labels(band)
             lap("decode")
             yield labels
+
+    def _warped(self, picture, lap):
+        return picture, self.recipe, self.logits if self._looks else None, self.score_samples, lap, self._still, self.session.pixels
 
     def blend(self, pixels, labels):
         """Class colours over (h, w, 3) uint8 pixels, as images.blend."""

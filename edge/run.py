@@ -7,7 +7,7 @@ import numpy as np
 from edge.command import say
 from edge.errors import BadFile
 
-STAGES = ("read", "prepare", "run", "blend", "decode", "write")
+STAGES = ("read", "prepare", "sample", "run", "blend", "decode", "unwarp", "write")
 
 
 class Stopwatch:
@@ -63,5 +63,5 @@ def benchmark(source, pipeline, warm_up, runs):
         if index >= warm_up:
             laps.append(dict(watch.ms, total=sum(watch.ms.values())))
     table = {stage: dict(zip(("p50", "p95", "p99"), np.percentile([lap[stage] for lap in laps], [50, 95, 99]).tolist()))
-             for stage in ("prepare", "run", "blend", "decode", "total")}
+             for stage in ("prepare", "sample", "run", "blend", "decode", "unwarp", "total")}
     return table, (pictures[0].height, pictures[0].width)

@@ -12,6 +12,7 @@ from edge import images, scores
 from edge.command import say
 from edge.errors import ParityError
 from edge.sources import find_files, open_source
+from edge.warp.path import WarpHost
 from train_lite import metrics
 from train_lite.metrics import confusion
 
@@ -68,7 +69,7 @@ class TorchSession:
     """What edge.backends says of a Session."""
 
     def __init__(self, net, contract):
-        self._net, self._stages, self.pixels = net, {stage["name"]: stage for stage in contract["stages"]}, scores.Host()
+        self._net, self._stages, self.pixels = net, {stage["name"]: stage for stage in contract["stages"]}, WarpHost()
 
     def tensors(self, stage, side):
         return {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in self._stages[stage][side]}
@@ -77,11 +78,14 @@ class TorchSession:
         import torch
         given = {name: torch.from_numpy(np.array(array)) for name, array in inputs.items()}
         with torch.no_grad():
+            if stage == "deform":
+                return {"logits": self._net.deform(given["image"]).numpy()}
             if stage == "encoder":
                 return {"features": self._net.encoder(given["pixels"]).numpy()}
             if stage == "head":
                 return {"scores": self._net.score(given["features"], given["overview"], given["rows"], given["cols"]).numpy()}
-            return {"scores": self._net(given["pixels"]).numpy()}
+            (pixels,) = given.values()
+            return {"scores": self._net(pixels).numpy()}
 
     def hold(self, value):
         return value[:1]
@@ -99,7 +103,7 @@ class Tap:
 
     def run(self, stage, inputs, keep=False):
         for name in inputs:
-            kind = "interpolate" if name in INTERPOLATION else "prepare" if name == "pixels" else None
+            kind = "interpolate" if name in INTERPOLATION else "prepare" if name in ("pixels", "image") else None
             if kind:
                 self.sums[kind].append(zlib.crc32(np.ascontiguousarray(inputs[name]).tobytes()))
         noted = len(self.calls.setdefault(stage, [])) < STAGE_CALLS

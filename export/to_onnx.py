@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from edge import __version__, contract
+from edge.errors import UsageError
 from edge.optional import need
 from train_lite.models import FEATURES, norm
 
@@ -27,14 +28,23 @@ class Head(nn.Module):
 
 
 def pipeline_of(config, fusion):
-    """The contract's pipeline for a trained config: 'whole', 'tiled' or 'patch'."""
+    """The contract's pipeline for a trained config. Raises UsageError for one that needs labels."""
+    if config.sampler == "edge-oracle":
+        raise UsageError("a net of --sampler edge-oracle looks where the labels' edges are, which a camera does not know. Train "
+                         "one with --sampler deform or edge")
+    if config.sampler != "none":
+        return "uniform" if config.sampler == "uniform" else "deform"
     if fusion != "none":
         return "patch"
     return "whole" if config.mode in ("full", "down") else "tiled"
 
 
-def stages(net, pipeline, tile, batch):
+def stages(net, pipeline, recipe):
     """The graphs of a pipeline: list of (name, module, {input: example tensor}, output name)."""
+    if pipeline in contract.WARPED:
+        look = [("deform", net.deform, {"image": torch.zeros((1, 3) + recipe.density)}, "logits")]
+        return look[:pipeline == "deform"] + [("net", net, {"samples": torch.zeros((1, 3) + recipe.task)}, "scores")]
+    tile, batch = recipe.tile, recipe.batch
     pixels = torch.zeros(batch, 3, tile, tile)
     if pipeline != "patch":
         return [("net", net, {"pixels": pixels}, "scores")]
@@ -88,26 +98,31 @@ def operators(path):
 
 def _tensor(name, shape):
     what = {"pixels": "(x / 255 - mean) / std, RGB", "rows": "0..1, each row sums to 1", "cols": "0..1, each row sums to 1",
-            "scores": "logits", "features": "any", "overview": "any"}
+            "scores": "logits", "features": "any", "overview": "any", "logits": "any; softmax over the map is the density"}
+    what.update(image=what["pixels"], samples=what["pixels"])
     return {"name": name, "dtype": "float32", "shape": list(shape), "range": what[name]}
 
 
 def write(folder, stem, net, config, classes, recipe, pipeline):
     """Write the stages STEM.onnx (and STEM.head.onnx) to `folder`. Returns (contract dict, {stage: path})."""
     described, files = [], {}
-    for name, module, inputs, output in stages(net, pipeline, recipe.tile, recipe.batch):
+    for name, module, inputs, output in stages(net, pipeline, recipe):
         file = "%s.onnx" % stem if not described else "%s.%s.onnx" % (stem, name)
         path = files[name] = os.path.join(folder, file)
         shape = write_stage(path, module, inputs, output)
         described.append({"name": name, "file": file, "sha256": contract.sha256(path),
                           "inputs": [_tensor(key, value.shape) for key, value in inputs.items()],
                           "outputs": [_tensor(output, shape)]})
-    return {
+    warped = pipeline in contract.WARPED
+    made = {
         "format": "nanopatch-contract", "schema_version": contract.SCHEMA_VERSION, "nanopatch": __version__,
         "task": "segmentation", "pipeline": pipeline, "geometry_version": contract.GEOMETRY_VERSION, "stages": described,
         "image": {"colour": "RGB", "mean": list(recipe.mean), "std": list(recipe.std), "resize": recipe.resize,
                   "resize_px": recipe.resize_px},
-        "tile": {"size": recipe.tile, "overlap": recipe.overlap, "batch": recipe.batch},
-        "overview": {"size": recipe.overview, "fusion": config.global_patch} if recipe.overview else None,
+        "tile": None if warped else {"size": recipe.tile, "overlap": recipe.overlap, "batch": recipe.batch},
+        "overview": None if warped or not recipe.overview else {"size": recipe.overview, "fusion": config.global_patch},
         "classes": [{"name": n, "colour": list(c)} for n, c in zip(classes.names, classes.palette)],
-    }, files
+    }
+    if warped:
+        made["warp"] = {"task": list(recipe.task), "density": list(recipe.density), "radius": list(recipe.radius)}
+    return made, files

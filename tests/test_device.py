@@ -11,6 +11,8 @@ from doubles import CARD, NANO, api_folder, install, kernels
 from edge import images, scores
 from edge.gpu import Gpu
 from edge.kernels.device import Device
+from edge.warp import path
+from edge.warp.device import WarpDevice
 
 FREE = scores.Recipe("none", 0, 24, 8, 2, 0, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 RECIPES = {
@@ -166,3 +168,53 @@ def test_compiled_once_and_again_when_the_kept_file_is_damaged(gpu, tmp_path, mo
     kept[0].write_bytes(whole[:20])
     make()
     assert kept[0].read_bytes() == whole
+
+
+# samples
+
+WARPED = path.WarpRecipe("none", 0, (32, 48), (8, 12), (2, 3), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def look(pixels):
+    """A stand-in for a deformation net."""
+    return pixels[0].sum(axis=0) * np.float32(0.7)
+
+
+def warped_bands(gpu, picture, recipe, channels, labels, kind="device", dtype=np.float32):
+    samples = gpu.buffer((1, 3) + recipe.task, dtype, kind)
+    results = gpu.buffer((1, channels) + recipe.task, np.float32, kind)
+    device = WarpDevice(gpu, samples, channels, kind)
+
+    def score(ready):
+        results.put(net(channels)(np.asarray(ready), None, None, None))
+        return results
+    return [band for _y, band in path.score_bands(picture, recipe, look, score, pixels=device, labels=labels)]
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("channels", [1, 3, 19])
+@pytest.mark.parametrize("recipe", [WARPED, WARPED._replace(resize="long", resize_px=90)])
+def test_un_warped_scores_and_class_ids_are_the_hosts(gpu, recipe, channels, labels):
+    rng = np.random.RandomState(channels)
+    for height, width in ((70, 111), (200, 90), (1, 60), (1, 1), (20, 20)):
+        picture = images.ArrayPicture(rng.randint(0, 256, (height, width, 3)).astype(np.uint8))
+        want = [band.copy() for _y, band in path.score_bands(picture, recipe, look, lambda samples: net(channels)(
+            samples, None, None, None), labels=labels)]
+        got = warped_bands(gpu, picture, recipe, channels, labels)
+        assert len(got) == len(want) and all((a == b).all() for a, b in zip(got, want)), (height, width)
+
+
+def test_samples_of_banded_pictures_other_memory_and_half_precision(gpu, monkeypatch):
+    array = np.random.RandomState(3).randint(0, 256, (130, 90, 3)).astype(np.uint8)
+    banded = images.BandPicture(130, 90, lambda: (array[y:y + 40] for y in range(0, 130, 40)))
+
+    def host(dtype):
+        return [band.copy() for _y, band in path.label_bands(images.ArrayPicture(array), WARPED, look, lambda samples: net(3)(
+            samples.astype(dtype), None, None, None))]
+    for kind in ("mapped", "managed") if gpu.integrated else ("mapped",):
+        assert np.array_equal(np.concatenate(warped_bands(gpu, images.ArrayPicture(array), WARPED, 3, True, kind)),
+                              np.concatenate(host(np.float32)))
+    half = warped_bands(gpu, images.ArrayPicture(array), WARPED, 3, True, dtype=np.float16)
+    assert np.array_equal(np.concatenate(half), np.concatenate(host(np.float16)))
+    monkeypatch.setattr("edge.images.STREAM_ABOVE_PX", 100)
+    assert np.array_equal(np.concatenate(warped_bands(gpu, banded, WARPED, 3, True)), np.concatenate(host(np.float32)))

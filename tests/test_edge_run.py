@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -158,8 +159,8 @@ def test_mask_agrees_with_training_s_evaluation(trained, tmp_path, height, width
     Image.fromarray(array).save(str(tmp_path / "a.png"))
     net, config, _classes, tile, _meta = state.restore(checkpoint.find(str(trained["run"])))
     how = evaluate.recipe(mode_settings(config), tile, micro_batch(config))
-    picture = images.open_photo(str(tmp_path / "a.png"))
-    expected = np.concatenate([labels for _y, labels in evaluate.label_bands(net, picture, how, torch.device("cpu"))])
+    shown = types.SimpleNamespace(picture=images.open_photo(str(tmp_path / "a.png")))
+    expected = np.concatenate([labels for _y, labels in evaluate.label_bands(net, shown, how, torch.device("cpu"))])
     words = ["--engine", trained["model"], "--input", tmp_path / "a.png", "--no-overlay", "--output"]
     edge_run(*(words + [tmp_path / "whole.png"]))
     edge_run(*(words + [tmp_path / "streamed.png"]), before="edge.images.STREAM_ABOVE_PX = 0")

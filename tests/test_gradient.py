@@ -27,8 +27,8 @@ class Memory:
         self.labels = ArrayPicture(labels)
         self._overview = rng.randint(0, 256, (TILE, TILE, 3)).astype(np.uint8)
 
-    def overview(self, size):
-        assert size == TILE
+    def overview(self, height, width):
+        assert height == width == TILE
         return self._overview
 
 
@@ -62,7 +62,7 @@ def whole_loss(net, batch, outputs):
                 canvas[:, y0:y1, x0:x1] = scores[:, y0 - top:y1 - top, x0 - left:x1 - left]
                 covered[y0:y1, x0:x1] += 1
         assert (covered == 1).all(), "every pixel belongs to one tile"
-        labels = torch.from_numpy(view._read(view.stored.labels, (0, 0, view.height, view.width)).astype(np.int64))
+        labels = torch.from_numpy(view.read(view.stored.labels, (0, 0, view.height, view.width)).astype(np.int64))
         logits.append(canvas.permute(1, 2, 0)[labels != IGNORE])
         truth.append(labels[labels != IGNORE])
     logits, truth = torch.cat(logits), torch.cat(truth)

@@ -7,6 +7,7 @@ import pytest
 
 from conftest import command
 from edge.errors import BadFile, UsageError
+from edge.scores import Recipe
 from export import operators, targets
 from export.targets import TARGETS, Finding, demand, findings, target
 
@@ -269,6 +270,9 @@ def test_sound_graph_passes_everywhere(name):
         assert findings(GOOD[name], board) == []
 
 
+RECIPE = Recipe("none", 0, 64, 0, 1, 64, (0.5,) * 3, (0.2,) * 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "deeplabv3"])
 @pytest.mark.parametrize("norm", ["group", "batch", "frozen"])
@@ -279,7 +283,7 @@ def test_our_own_nets_pass_everywhere(tmp_path, name, norm):
     for fusion, outputs in (("concat", 1), ("add", 3), ("none", 3)):
         net = models.build(name, 4, norm, outputs, fusion)
         net = to_onnx.folded(net)
-        for part, module, inputs, output in to_onnx.stages(net, "tiled" if fusion == "none" else "patch", 64, 1):
+        for part, module, inputs, output in to_onnx.stages(net, "tiled" if fusion == "none" else "patch", RECIPE):
             if (part == "head" and norm != "group") or (part == "encoder" and fusion == "add"):
                 continue  # a head has no norm, and an encoder does not know the fusion: once is enough
             path = str(tmp_path / ("%s-%s.onnx" % (fusion, part)))

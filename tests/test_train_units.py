@@ -58,7 +58,7 @@ def stored(tmp_path, image, save_mask, rule="none", px=0, **flags):
     pair = dataset.Pair("a", str(tmp_path / "image.png"), str(tmp_path / "mask.png"), "train")
     classes = dataset.read_classes(str(tmp_path), TrainConfig(**flags))
     problems = []
-    found = store.ingest([pair], classes, rule, px, str(tmp_path / "cache"), 1.0, 24, since=0, problems=problems)
+    found = store.ingest([pair], classes, rule, px, str(tmp_path / "cache"), 1.0, (24, 24), since=0, problems=problems)
     raise_all(problems, "", "")
     return found[0]
 
@@ -88,7 +88,7 @@ def test_store_windows(tmp_path, rule, px, height, width):
         assert abs(entry.picture.window(*box).astype(int) - sized[part]).max() <= (1 if px else 0), box
         assert np.array_equal(entry.labels.window(*box), labels[part]), box
     small = Image.fromarray(sized[30:-30, 30:-30].astype(np.uint8)).resize((24, 24), Image.BILINEAR)
-    assert abs(entry.overview(24).astype(int) - np.asarray(small)).max() <= 2
+    assert abs(entry.overview(24, 24).astype(int) - np.asarray(small)).max() <= 2
 
 
 def save_palette(ids):
@@ -158,8 +158,8 @@ class Memory:
         self.picture, self.labels = images.ArrayPicture(self.image), images.ArrayPicture(self.ids)
         self.small = noise(16, 16, seed=2)
 
-    def overview(self, size):
-        assert size == 16
+    def overview(self, height, width):
+        assert height == width == 16
         return self.small
 
 

@@ -1,4 +1,5 @@
 """What `python -m train_lite` can be told. One NamedTuple; its comments of unit are in HELPS."""
+import re
 from typing import NamedTuple
 
 from edge.errors import UsageError
@@ -35,6 +36,16 @@ class TrainConfig(NamedTuple):
     inner: int = 4
     fill: str = "sample"
     overlap: int = 32
+    # learned down-sampling, in the place of patches
+    sampler: str = "none"
+    task_size: str = "256x256"
+    density: int = 64
+    deform_width: int = 32
+    radius: float = 0.25
+    edge_loss: str = "divergence"
+    gamma: float = -1.0
+    gamma_power: float = 0.0
+    shrink: float = 0.8
     # optimisation
     epochs: int = 0
     batch: int = 1
@@ -93,6 +104,17 @@ HELPS = {
     "inner": "inner iterations per batch (sampled)",
     "fill": "sampled, where the Dice sums come from: sample (the patches drawn), image (every patch, as published)",
     "overlap": "px shared by neighbouring tiles when predicting",
+    "sampler": "the net sees the whole image at --task-size, sampled: deform (by a density trained with the net), uniform, edge (by a "
+               "density that learns label edges), edge-oracle (by the label edges themselves). none: patches",
+    "task_size": "WIDTHxHEIGHT px that the net sees, multiples of 16",
+    "density": "px, longer side of what the deformation net sees, and of its density",
+    "deform_width": "channels of the deformation net; 192 is the published one",
+    "radius": "reach of a density's pull, as a share of its shorter side",
+    "edge_loss": "how the density is told where labels change: divergence (of distributions), spanned (published: squared "
+                 "difference of what is brought to 0..1)",
+    "gamma": "weight of the edge loss on the density; 0: the task's loss alone; -1: 1 for divergence, 100 for spanned, as published",
+    "gamma_power": "--gamma times (1 - step / steps) to this power; published: 0, and 0.9 for slides",
+    "shrink": "share of the steps in which the deformation net sees images blurred at random, so that it learns coarse cues",
     "epochs": "passes over the training images; 0: 8 over the demo set, 30 over your data",
     "batch": "images per batch",
     "accumulation": "inner iterations (sampled) or batches (exact) whose gradients make one step",
@@ -131,6 +153,8 @@ CHOICES = {
     "gradient": ["sampled", "exact"],
     "global_patch": ["concat", "add", "none"],
     "fill": ["sample", "image"],
+    "sampler": ["none", "deform", "uniform", "edge", "edge-oracle"],
+    "edge_loss": ["divergence", "spanned"],
     "optimizer": ["adamw", "adamw8", "sgd"],
     "device": ["auto", "cpu", "cuda"],
 }
@@ -140,11 +164,13 @@ def check(config):
     """Raise UsageError for a value out of range or for flags that exclude each other."""
     least = {"res": 16, "classes": 1, "width": 4, "patch": 16, "patches": 1, "inner": 1, "overlap": 0, "epochs": 0,
              "batch": 1, "accumulation": 1, "micro_batch": 0, "lr": 0.0, "clip": 0.0, "dice": 0.0, "cache_gb": 0.001,
-             "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "smaller": 0, "weight_decay": 0.0}
+             "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "smaller": 0, "weight_decay": 0.0,
+             "density": 8, "deform_width": 4, "gamma": -1.0}
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UsageError("--%s is %s, expected %s or more" % (name.replace("_", "-"), getattr(config, name), value))
-    for name, low, high in (("val_share", 0.0, 0.9), ("freeze_at", 0.0, 1.0), ("beta2", 0.0, 0.99999), ("warm_up", 0.0, 1.0)):
+    for name, low, high in (("val_share", 0.0, 0.9), ("freeze_at", 0.0, 1.0), ("beta2", 0.0, 0.99999), ("warm_up", 0.0, 1.0),
+                            ("radius", 0.01, 1.0), ("gamma_power", 0.0, 9.0), ("shrink", 0.0, 1.0)):
         if not low <= getattr(config, name) <= high:
             raise UsageError("--%s is %s, expected %s to %s" % (name.replace("_", "-"), getattr(config, name), low, high))
     if config.patch % 16:
@@ -154,12 +180,40 @@ def check(config):
         raise UsageError("--overlap is %d, expected less than --patch, %d" % (config.overlap, config.patch))
     if config.width % 4:
         raise UsageError("--width is %d, expected a multiple of 4, such as 16" % config.width)
+    if config.deform_width % 4:
+        raise UsageError("--deform-width is %d, expected a multiple of 4, such as 32" % config.deform_width)
+    if config.sampler != "none":
+        task_size(config)
+        if config.mode != "patch":
+            raise UsageError("--sampler %s and --mode %s: a sampler takes the place of patches; leave one out"
+                             % (config.sampler, config.mode))
     if config.recompute and config.norm == "batch":
         raise UsageError("--recompute and --norm batch: its statistics would count every patch twice; leave one out")
     if config.classes > 250:
         raise UsageError("--classes is %d, expected 250 or fewer" % config.classes)
     if config.demo_images and config.demo_images < 3:
         raise UsageError("--demo-images is %d; a demo set needs 3 or more" % config.demo_images)
+
+
+def task_size(config):
+    """(height, width) px of --task-size. Raises UsageError."""
+    match = re.match(r"^([1-9]\d{0,4})x([1-9]\d{0,4})$", config.task_size)
+    if not match or any(int(side) % 16 for side in match.groups()):
+        raise UsageError("--task-size %s: expected WIDTHxHEIGHT, both multiples of 16, such as 256x256" % config.task_size)
+    return int(match.group(2)), int(match.group(1))
+
+
+def density_size(config):
+    """(height, width) of the density: the task's shape, --density on the longer side."""
+    height, width = task_size(config)
+    return tuple(max(1, int(round(side * config.density / float(max(height, width))))) for side in (height, width))
+
+
+def density_radius(config):
+    """(rows, columns) that a density pulls over: the published radius R, horizontally times the whole part of width / height."""
+    height, width = density_size(config)
+    radius = max(1, int(round(config.radius * min(height, width))))
+    return radius, radius * max(1, width // height)
 
 
 class ModeSettings(NamedTuple):
@@ -171,10 +225,16 @@ class ModeSettings(NamedTuple):
     gradient: str
     fill: str
     overlap: int
+    task: tuple = ()  # of a sampler, (height, width): px of the samples,
+    density: tuple = ()  # px of the density,
+    radius: tuple = ()   # rows and columns of it over which it pulls
 
 
 def mode_settings(config):
-    """Resolve --mode into ModeSettings; the loop, the evaluation and the export read these only."""
+    """Resolve --mode and --sampler into ModeSettings; the loop, the evaluation and the export read these only."""
+    if config.sampler != "none":
+        return ModeSettings(config.fit, config.res, 0, "none", "exact", "image", 0, task_size(config), density_size(config),
+                            density_radius(config))
     if config.mode == "full":
         return ModeSettings(config.fit, config.res, 0, "none", "exact", "image", 0)
     if config.mode == "down":

@@ -3,12 +3,25 @@ import numpy as np
 import torch
 
 from edge import scores
+from edge.command import say
+from edge.warp import path, reference
 from train_lite import metrics
+from train_lite.deform import Sampler, oracle_logits
 from train_lite.patches import MEAN, STD
+
+# When samples are said to be wasted. What one point of a density draws to itself is what lies within its radius, 1.6 % of the
+# samples at --radius 0.0625, 27 % at 0.25: a limit in shares of all samples would never be met, or always. Shares of what a point
+# can draw: densities trained on the demo set come to 0.01, on specks of 6 to 14 px in 512 px to 0.17, one single node to 0.85 and more.
+CROWDED = 0.5     # of them in the room that a single sample has undeformed
+LEAST_CROWD = 16  # samples there: 4 times as close each way is what a density is for
+FOLDED = 0.01     # of the grid's cells turned over: trained ones have none; un-warping copes, but sees the first of two samples only
 
 
 def recipe(settings, tile, batch):
-    """The Recipe (edge.scores) of a net trained with `settings` (config.ModeSettings) on tiles of `tile` px."""
+    """The Recipe (edge.scores) of a net trained with `settings` (config.ModeSettings) on tiles of `tile` px; the WarpRecipe
+    (edge.warp.path) of one that sees samples."""
+    if settings.task:
+        return path.WarpRecipe(settings.resize, settings.resize_px, settings.task, settings.density, settings.radius, MEAN, STD)
     return scores.Recipe(settings.resize, settings.resize_px, tile, settings.overlap, batch,
                          tile if settings.fusion != "none" else 0, MEAN, STD)
 
@@ -31,19 +44,137 @@ def torch_functions(net, device):
     return encode, score
 
 
-def label_bands(net, picture, how, device):
-    """Yield (y0, class ids (h, W) uint8) for the rows of `picture`, from the top. how: a Recipe."""
-    for y0, band in scores.score_bands(picture, how, *torch_functions(net, device)):
-        yield y0, scores.labels_of(band)
+def warp_functions(net, sampler, stored, device):
+    """A WarpNet as the two functions (logits_of, score) that edge.warp.path takes, for the image `stored`."""
+    net.eval()
+
+    def run(part, pixels):
+        with torch.no_grad():
+            return part(torch.from_numpy(pixels).to(device)).cpu().numpy()
+
+    if sampler.kind == "edge-oracle":
+        logits_of = lambda pixels: oracle_logits(stored.edges(*sampler.size))  # noqa: E731
+    else:
+        logits_of = net.deform and (lambda pixels: run(net.deform, pixels)[0, 0])
+    return logits_of, lambda pixels: run(net, pixels)
 
 
-def evaluate(net, stored, how, classes, device):
-    """Score `net` on a list of Stored. Returns the dict of metrics.summarise."""
-    matrices = []
+class Seen(path.WarpHost):
+    """Remembers of an image, once its first band is there: positions (th, tw, 2), edge.warp.reference.grid; samples (1, 3, th, tw)
+    float32, normalised; scores (C, th, tw) float32, the net's."""
+
+    def sampled(self, view, positions, recipe):
+        self.positions, self.samples = positions, super().sampled(view, positions, recipe)
+        return self.samples
+
+    def unwarp_labels(self, found, positions, height, width):
+        self.scores = found[0]
+        return super().unwarp_labels(found, positions, height, width)
+
+    def pixels(self):
+        """The samples as a picture: (th, tw, 3) uint8."""
+        return np.clip((np.moveaxis(self.samples[0], 0, 2) * STD + MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def predict(net, stored, how, device):
+    """A Stored through `net`. how: a Recipe, or a deform.Sampler. Returns (bands, seen): bands yields (y0, class ids (h, W) uint8)
+    for all rows, from the top; seen: the Seen of a Sampler, None of a Recipe."""
+    if isinstance(how, Sampler):
+        seen = Seen()
+        return path.label_bands(stored.picture, how.recipe, *warp_functions(net, how, stored, device), pixels=seen), seen
+    bands = scores.score_bands(stored.picture, how, *torch_functions(net, device))
+    return ((y0, scores.labels_of(band)) for y0, band in bands), None
+
+
+def label_bands(net, stored, how, device):
+    """The bands of predict()."""
+    return predict(net, stored, how, device)[0]
+
+
+def evaluate(net, stored, how, classes, device, final=False):
+    """Score `net` on a list of Stored. final: whether a run ends with this; then also what takes more time.
+
+    Returns the dict of metrics.summarise, and 'boundary_f1': a float; None in between of a net of patches. For a Sampler also what
+    SampleScores.summary gives. All but that is about every pixel of the images."""
+    matrices, edges = [], np.zeros((classes, 4), np.int64)
+    samples = SampleScores(how, classes) if isinstance(how, Sampler) else None
     for entry in stored:
-        matrix = np.zeros((classes, classes), np.int64)
-        for y0, labels in label_bands(net, entry.picture, how, device):
-            truth = entry.labels.window(y0, 0, y0 + len(labels), entry.width)
-            matrix += metrics.confusion(truth, labels, classes)
-        matrices.append(matrix)
-    return metrics.summarise(matrices)
+        bands, seen = predict(net, entry, how, device)
+        boundaries = metrics.Boundaries(classes, entry.height, entry.width) if samples or final else None
+        matrices.append(confusion(entry, bands, classes, boundaries))
+        if boundaries:
+            edges += boundaries.counts()
+        if samples:
+            samples.add(entry, seen, final)
+    result = dict(metrics.summarise(matrices), boundary_f1=metrics.boundary_f1(edges) if samples or final else None)
+    if samples:
+        result.update(samples.summary())
+    return result
+
+
+def confusion(stored, bands, classes, boundaries=None):
+    """metrics.confusion of bands as predict() gives them. boundaries: a metrics.Boundaries that is shown them too."""
+    matrix = np.zeros((classes, classes), np.int64)
+    for y0, labels in bands:
+        truth = stored.labels.window(y0, 0, y0 + len(labels), stored.width)
+        matrix += metrics.confusion(truth, labels, classes)
+        if boundaries:
+            boundaries.add(truth, labels)
+    return matrix
+
+
+def describe(result, how):
+    """What evaluate() gave, in one line. how: as for evaluate()."""
+    text = "IoU %.3f  F1 %.3f" % (result["pooled"]["iou"], result["pooled"]["f1"])
+    if result["boundary_f1"] is not None:
+        text += "  boundary F1 %.3f" % result["boundary_f1"]
+    if "low_res" in result:
+        text += " | at %dx%d %.3f" % (how.recipe.task[::-1] + (result["low_res"]["iou"],))
+        if result["ceiling"]:
+            text += " | label round trip %.3f" % result["ceiling"]["iou"]
+    return text
+
+
+class SampleScores:
+    """What tells the net's share in the scores of a Sampler from that of the samples' places."""
+
+    def __init__(self, sampler, classes):
+        self.recipe, self.classes = sampler.recipe, classes
+        self.low, self.best, self.faults = [], [], []
+
+    def add(self, stored, seen, ceiling):
+        """An image. seen: its Seen. ceiling: whether to compute that: as long again as to un-warp the net's scores."""
+        labels = reference.sample_labels(stored.labels, seen.positions)
+        self.low.append(metrics.confusion(labels, scores.labels_of(seen.scores), self.classes))
+        self.faults.append(faults(seen.positions, self.recipe) + (stored.pair.name,))
+        if ceiling:
+            votes = (labels == np.arange(self.classes)[:, None, None]).astype(np.float32)  # of IGNORE: for no class
+            bands = reference.unwarp_labels(votes, seen.positions, stored.height, stored.width)
+            self.best.append(confusion(stored, bands, self.classes))
+
+    def summary(self):
+        """'low_res': {'iou', 'f1'} of the net's own output against the labels at the samples; 'ceiling': of those labels, un-warped,
+        against all pixels, None unless asked for; 'faulty': how many images have samples that are wasted, of which a line is said.
+
+        Ceiling is what a net comes to that is right at every sample and sure of it. Where things are as thin as samples are apart,
+        one that is less sure may pass it: its scores say where between two samples a class ends."""
+        faulty = sorted((entry for entry in self.faults if entry[0]), key=lambda entry: entry[1:])
+        if faulty:
+            _wrong, crowded, folded, name = faulty[-1]
+            say("warning: the samples of %d of %d images have collapsed (worst: %s, %.0f %% of them in one place, %.0f %% folded "
+                "over): take a smaller --radius" % (len(faulty), len(self.faults), name, 100 * crowded, 100 * folded))
+        return {"low_res": _iou_f1(self.low), "ceiling": _iou_f1(self.best) if self.best else None, "faulty": len(faulty)}
+
+
+def faults(positions, recipe):
+    """(whether too many samples are wasted, share of them that is in one sample's room, share of the grid's cells that is folded)
+    of a grid (th, tw, 2) made by a density as in the WarpRecipe."""
+    found, samples = reference.faults(positions), positions[..., 0].size
+    drawn = np.prod([min(1.0, (2 * reach + 1.0) / nodes) for reach, nodes in zip(recipe.radius, recipe.density)])
+    crowded, folded = found.crowded, found.folded / float(samples)
+    return crowded > max(CROWDED * drawn, LEAST_CROWD / float(samples)) or folded > FOLDED, crowded, folded
+
+
+def _iou_f1(matrices):
+    pooled = metrics.summarise(matrices)["pooled"]
+    return {name: pooled[name] for name in ("iou", "f1")}

@@ -66,12 +66,13 @@ class Gradient:
         return [picks[i:i + self.micro_batch] for i in range(0, len(picks), self.micro_batch)]
 
     def _sums(self, batch, picks, features, seed):
-        chunk = batch.chunk(picks)
+        chunk = batch.chunk(picks, self.net)
         torch.manual_seed(seed)  # both passes over a chunk drop the same units
         # not features[chunk.image]: the gradient of indexing adds in whatever order the threads come
         g = None if features is None else torch.stack([features[v] for v in chunk.image])
         scores = apply(self.net, self.loss_scale.half, chunk.pixels, g, chunk.rows, chunk.cols)
-        return self.loss.sums(scores, chunk.labels)
+        sums = self.loss.sums(scores, chunk.labels)
+        return sums if chunk.penalty is None else torch.cat([sums, chunk.penalty.to(sums)], dim=1)
 
     def _encode_overviews(self, batch, seed, which):
         """Global features of the images `which`, a list of int, of a batch."""

@@ -14,7 +14,7 @@ from jetson import phases
 from jetson.memory import peak_rss_mib
 from train_lite import pictures
 from train_lite.config import validation_due
-from train_lite.evaluate import evaluate, label_bands
+from train_lite.evaluate import evaluate, predict
 
 SAMPLES = 3  # validation images drawn as pictures
 
@@ -84,7 +84,8 @@ def end_epoch(problem, run, state, started):
     last, result, text = state.epoch == config.epochs, None, ""
     phases.mark("validate")
     if problem.val and validation_due(config, state.epoch):
-        result = evaluate(state.net, problem.val, problem.recipe, len(problem.classes.names), problem.device)
+        result = evaluate(state.net, problem.val, problem.how, len(problem.classes.names), problem.device,
+                          final=last and not problem.test)
         row.update(result["pooled"], **{"compat_" + name: value for name, value in result["paper_compat"].items()})
         text = "  val IoU %.3f  F1 %.3f" % (row["iou"], row["f1"])
     score = row.get("iou", state.best if problem.val else state.epoch)
@@ -96,8 +97,8 @@ def end_epoch(problem, run, state, started):
     if result or last:
         phases.mark("validate")
         for stored in (problem.val or problem.train)[:SAMPLES]:
-            pictures.comparison(stored, label_bands(state.net, stored.picture, problem.recipe, problem.device),
-                                problem.classes.palette, run.sample(stored.pair.name))
+            bands, seen = predict(state.net, stored, problem.how, problem.device)
+            pictures.comparison(stored, bands, problem.classes.palette, run.sample(stored.pair.name), seen)
     row.update(seconds=time.time() - started, peak_mib=peak_rss_mib())
     run.add_epoch(row)
     state.save(run.last, problem)  # last: a run killed before this does the end of the epoch again

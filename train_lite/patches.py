@@ -23,7 +23,8 @@ class View:
         laid = tiles.plan(self.height, self.width, tile)
         self.boxes, self.owned = laid.boxes(), tiles.owned(laid)
 
-    def _read(self, picture, box):
+    def read(self, picture, box):
+        """The window `box` of a stored picture, in this view's own coordinates."""
         y0, x0, y1, x1 = (int(v) for v in box)
         height, width = self.height, self.width
         for _ in range(self.turn % 4):  # undo the quarter turns, last first: rot90(m)[i, j] = m[j, W - 1 - i]
@@ -31,21 +32,22 @@ class View:
             height, width = width, height
         if self.turn > 3:
             x0, x1 = width - x1, width - x0
-        return self._turned(picture.window(y0, x0, y1, x1))
+        return self.turned(picture.window(y0, x0, y1, x1))
 
-    def _turned(self, array):
+    def turned(self, array):
+        """An array of the whole stored image as this view sees it."""
         return np.rot90(array[:, ::-1] if self.turn > 3 else array, self.turn % 4)
 
     def patch(self, index):
         """Tile `index`: pixels (p, p, 3) uint8, labels (p, p) uint8 with IGNORE where another tile owns the pixel."""
         box, own = self.boxes[index], self.owned[index]
         labels = np.full((box[2] - box[0], box[3] - box[1]), IGNORE, np.uint8)
-        labels[own[0] - box[0]:own[2] - box[0], own[1] - box[1]:own[3] - box[1]] = self._read(self.stored.labels, own)
-        return self._read(self.stored.picture, box), labels
+        labels[own[0] - box[0]:own[2] - box[0], own[1] - box[1]:own[3] - box[1]] = self.read(self.stored.labels, own)
+        return self.read(self.stored.picture, box), labels
 
     def overview(self, size):
         """The global patch: the whole image at size x size, (size, size, 3) uint8."""
-        return self._turned(self.stored.overview(size))
+        return self.turned(self.stored.overview(size, size))
 
 
 class Chunk(NamedTuple):
@@ -55,6 +57,7 @@ class Chunk(NamedTuple):
     image: list            # n ints: which image of the batch
     rows: torch.Tensor     # (n, p, q) float, interpolation of the global feature; None without
     cols: torch.Tensor
+    penalty: torch.Tensor = None  # (n, 2) further sums of the loss: see deform.EdgeLoss
 
 
 class Batch:
@@ -67,8 +70,8 @@ class Batch:
         """All (image, tile) pairs, image by image."""
         return [(v, t) for v, view in enumerate(self.views) for t in range(len(view.boxes))]
 
-    def chunk(self, picks):
-        """Read the patches `picks`, a list of (image, tile)."""
+    def chunk(self, picks, net=None):
+        """Read the patches `picks`, a list of (image, tile). net: for batches whose pixels depend on it."""
         pixels, labels = zip(*(self.views[v].patch(t) for v, t in picks))
         rows = cols = None
         if self.side:

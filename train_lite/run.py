@@ -61,7 +61,8 @@ def _train(config, run, device):
         say("going on after step %d" % start.step if start.step else "no checkpoint was written yet: starting again")
     else:
         start = state.new(problem)
-        run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.normpath(data)).replace(".csv", ""), config.mode))
+        how = config.mode if config.sampler == "none" else config.sampler
+        run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.normpath(data)).replace(".csv", ""), how))
         run.hold()
     run.point_last()
     _describe(problem, start, run)
@@ -99,7 +100,7 @@ def _plan(config, pairs, classes, device):
     headers = [header for header in headers if header]
     settings = mode_settings(config)
     fitted = [fitted_size(h, w, settings.resize, settings.resize_px) for h, w, _bands in headers]
-    tile_px = 0 if settings.tile else max(h * w for h, w in fitted)
+    tile_px = 0 if settings.tile else max(h * w for h, w in ([settings.task] if settings.task else fitted))
     notches, allowed = plan.ladder(config, device), plan.budget(config.budget, device)
     predicted = plan.estimates(config, classes.outputs, tile_px, headers, device)
     chosen = plan.choose(notches, predicted, allowed, config.smaller)
@@ -114,11 +115,15 @@ def _ingest(config, data, pairs, classes):
     """Bring all pairs into the tile store. Returns (train, val, test), lists of Stored."""
     phases.mark("read images")
     settings, folder = mode_settings(config), store.cache_folder(config, data)
-    side, began, problems = settings.tile if settings.fusion != "none" else 0, time.time(), []
+    began, problems, overview = time.time(), [], ()
+    if settings.task:
+        overview = settings.density
+    elif settings.fusion != "none":
+        overview = settings.tile, settings.tile
 
     def ingest(split, resize, px):
         chosen = [pair for pair in pairs if pair.split == split]
-        return store.ingest(chosen, classes, resize, px, folder, config.cache_gb, side, began, problems)
+        return store.ingest(chosen, classes, resize, px, folder, config.cache_gb, overview, began, problems)
 
     stored = (ingest("train", settings.resize, settings.resize_px), ingest("val", config.fit, config.res),
               ingest("test", config.fit, config.res))
@@ -151,16 +156,18 @@ def _settle(config, candidates, allowed, classes, stored, device):
 
 def _describe(problem, start, run):
     config, settings = problem.config, problem.settings
-    say("%s width %d, %.2f M parameters | mode %s, %s gradient, global patch %s, patch %d px" % (
-        config.model, config.width, sum(p.numel() for p in start.net.parameters()) / 1e6, config.mode,
-        settings.gradient, settings.fusion, problem.tile))
+    how = "mode %s, %s gradient, global patch %s, patch %d px" % (config.mode, settings.gradient, settings.fusion, problem.tile)
+    if settings.task:
+        how = "sampler %s, %s px, density of %dx%d" % ((config.sampler, config.task_size) + settings.density[::-1])
+    say("%s width %d, %.2f M parameters | %s" % (
+        config.model, config.width, sum(p.numel() for p in start.net.parameters()) / 1e6, how))
     say("%d train, %d val, %d test images | %d steps in %d epochs | run folder %s" % (
         len(problem.train), len(problem.val), len(problem.test), problem.steps, config.epochs, run.path))
 
 
 def _report(config, problem, start, run, result, seconds):
     """Score the best net on the test images, if any, and say where everything is."""
-    from train_lite.evaluate import evaluate
+    from train_lite.evaluate import describe, evaluate
     from train_lite.state import restore
     phases.mark("validate")
     summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_iou": start.best if problem.val else None,
@@ -168,9 +175,10 @@ def _report(config, problem, start, run, result, seconds):
     if problem.test:
         start.net = start.optimizer = None  # make room: the best net takes its place
         best = restore(run.best)[0].to(problem.device)
-        summary["test"] = evaluate(best, problem.test, problem.recipe, len(problem.classes.names), problem.device)
-        say("test  IoU %.3f  F1 %.3f (best net, %d images)" % (
-            summary["test"]["pooled"]["iou"], summary["test"]["pooled"]["f1"], len(problem.test)))
+        summary["test"] = evaluate(best, problem.test, problem.how, len(problem.classes.names), problem.device, final=True)
+        say("test  %s (best net, %d images)" % (describe(summary["test"], problem.how), len(problem.test)))
+    elif problem.sampler and result:
+        say("val  %s (last net, %d images)" % (describe(result, problem.how), len(problem.val)))
     summary["peak_mib"] = peak_rss_mib()
     with open(os.path.join(run.path, "summary.json"), "w", encoding="utf-8") as handle:
         json.dump(summary, handle, indent=1)

@@ -67,17 +67,47 @@ class Stored:
         self.picture = StoredPicture(path, HEADER, height, width, 3)
         self.labels = StoredPicture(path, HEADER + 3 * blocks, height, width, 1)
 
-    def overview_path(self, size):
-        return "%s.%d" % (self.path, size)
+    def overview_path(self, height, width):
+        return "%s.%dx%d" % (self.path, width, height)
 
-    def overview(self, size):
-        """The whole image at size x size: (size, size, 3) uint8; computed once, then read."""
-        path = self.overview_path(size)
-        if not os.path.isfile(path) or os.path.getsize(path) != size * size * 3:
-            small = images.whole(images.resized(self.picture, size, size))
+    def overview(self, height, width):
+        """The whole image at that size: (height, width, 3) uint8; computed once, then read."""
+        return self._kept(self.overview_path(height, width), (height, width, 3), np.uint8,
+                          lambda: images.whole(images.resized(self.picture, height, width)))
+
+    def edges(self, height, width):
+        """Where labels change: (height, width) float32, per cell the share of its pixels whose right or lower neighbour has
+        another class, blurred by one cell. Computed once, then read."""
+        return self._kept("%s.%dx%d.edges" % (self.path, width, height), (height, width), np.float32,
+                          lambda: label_edges(self.labels, height, width))
+
+    @staticmethod
+    def _kept(path, shape, dtype, make):
+        """The array in the file `path`, made and written there when it is not."""
+        if not os.path.isfile(path) or os.path.getsize(path) != int(np.prod(shape)) * np.dtype(dtype).itemsize:
             with written(path, "wb") as handle:
-                handle.write(small.tobytes())
-        return np.fromfile(path, np.uint8).reshape(size, size, 3)
+                handle.write(np.ascontiguousarray(make(), dtype).tobytes())
+        return np.fromfile(path, dtype).reshape(shape)
+
+
+def label_edges(labels, height, width):
+    """See Stored.edges; labels: a picture of class ids. IGNORE makes no edge."""
+    counts = np.zeros((height, width), np.int64)
+    cols = np.arange(labels.width) * width // labels.width
+    for y0 in range(0, labels.height, BLOCK):
+        stop = min(labels.height, y0 + BLOCK)
+        band = labels.window(y0, 0, min(labels.height, stop + 1), labels.width)
+        here = np.zeros((stop - y0, labels.width), bool)
+        for axis, other in ((0, band[1:]), (1, band[:, 1:])):
+            this = band[:other.shape[0], :other.shape[1]]
+            apart = (this != other) & (this != IGNORE) & (other != IGNORE)
+            here[:apart.shape[0], :apart.shape[1]] |= apart[:len(here)]
+        rows, at = np.arange(y0, stop) * height // labels.height, np.nonzero(here)
+        counts += np.bincount(rows[at[0]] * width + cols[at[1]], minlength=height * width).reshape(height, width)
+    share = counts * (float(height) * width / (labels.height * labels.width))
+    padded = np.pad(share, 1, mode="edge")
+    padded = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    return ((padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4).astype(np.float32)
 
 
 def cache_folder(config, data):
@@ -93,7 +123,7 @@ def cache_folder(config, data):
 
 def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview, since, problems):
     """Bring all pairs into the store, at the size that `resize`, `resize_px` ask (edge.images.fitted_size), with an
-    overview of `overview` px when not 0. What is there already is kept; files not used since the time `since` make
+    overview of `overview` (height, width) px when asked for. What is there already is kept; files not used since the time `since` make
     room. Returns the list of Stored, in order; what is wrong with a file goes to the list `problems`."""
     os.makedirs(folder, exist_ok=True)
     stored, added = [], 0
@@ -109,8 +139,8 @@ def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview, since,
                 added += 1
                 entry = _add(pair, path, classes, resize, resize_px)
             if overview:
-                entry.overview(overview)
-                os.utime(entry.overview_path(overview))
+                entry.overview(*overview)
+                os.utime(entry.overview_path(*overview))
             os.utime(path)  # recently used: the last to be pruned
             stored.append(entry)
         except BadFile as exc:

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU."""
 from edge.errors import BadFile
 from edge.optional import need
-from edge.scores import Host
+from edge.warp.path import WarpHost
 
 NAME, DEVICE = "ort", "cpu"
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8",
@@ -19,7 +19,7 @@ class Session:
 
     def __init__(self, contract, files, threads=0):
         self._loaded = {stage: _load(path, threads) for stage, path in files.items()}
-        self.pixels = Host()
+        self.pixels = WarpHost()
         self._outputs = {stage: [node.name for node in session.get_outputs()] for stage, session in self._loaded.items()}
 
     def tensors(self, stage, side):
@@ -50,4 +50,4 @@ def _load(path, threads):
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # onnxruntime raises classes of its own, which differ between releases
         raise BadFile("%s is no model that ONNX Runtime %s can load: %s. Export it again"
-                      % (path, ort.__version__, str(exc).strip().splitlines()[0])) from exc
+                      % (path, ort.__version__, (str(exc).strip() or type(exc).__name__).splitlines()[0])) from exc

@@ -8,7 +8,8 @@ from edge.errors import BadFile, EdgeError, EngineMismatch, MissingPart
 from edge.gpu import KINDS, Buffer, Gpu
 from edge.kernels.device import Device
 from edge.optional import need
-from edge.scores import Host
+from edge.warp.device import WarpDevice
+from edge.warp.path import WarpHost
 
 NAME, DEVICE = "trt", "gpu"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "INT8": "int8", "UINT8": "uint8",
@@ -107,13 +108,13 @@ class Session:
 
     def _device(self):
         """Who prepares pixels and decodes scores: the GPU, or the host where kernels cannot be compiled."""
-        pixels = next(stage.buffers["pixels"] for stage in self._stages.values() if "pixels" in stage.buffers)
-        outputs = next(stage.buffers["scores"] for stage in self._stages.values() if "scores" in stage.buffers)
+        found = {name: buffer for stage in self._stages.values() for name, buffer in stage.buffers.items()}
+        made, pixels = (WarpDevice, found["samples"]) if "samples" in found else (Device, found["pixels"])
         try:
-            return Device(self._gpu, pixels, outputs.host.shape[1], self.kind)
+            return made(self._gpu, pixels, found["scores"].host.shape[1], self.kind)
         except MissingPart as exc:
             say("warning: pixels are prepared and decoded on the CPU: %s" % exc)
-            return Host()
+            return WarpHost()
 
     def hold(self, value):
         """The first item of what a stage gave, kept beyond its next run, as a Buffer."""

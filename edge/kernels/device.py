@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edge import images, resample, scores, tiles
+from edge.gpu import Rooms
 from edge.kernels import FOLDER, Kernels
 
 PIXELS_IN = {"prepare_float": "PiiiiiffffffP", "prepare_half": "PiiiiiffffffP", "resample_cols_u8": "PiiiPPiP",
@@ -35,13 +36,13 @@ class Band(NamedTuple):
     clear: int
 
 
-class Device:
+class Device(Rooms):
     """gpu: an edge.gpu.Gpu; pixels: the Buffer of the net's input (n, 3, p, p), float32 or float16; channels: of its scores;
     kind: of memory that the host writes (edge.gpu.KINDS). Raises MissingPart when the kernels cannot be compiled."""
 
     def __init__(self, gpu, pixels, channels, kind):
-        self.gpu, self._pixels, self.channels, self._kind = gpu, pixels, channels, kind
-        self._host, self._buffers, self._rooms = scores.Host(), {}, {}
+        super().__init__(gpu, kind)
+        self._pixels, self.channels, self._host = pixels, channels, scores.Host()
         self.launch_in = Kernels(gpu, os.path.join(FOLDER, "pixels_in.cu"), PIXELS_IN).launch
         self.launch_out = Kernels(gpu, os.path.join(FOLDER, "pixels_out.cu"), PIXELS_OUT).launch
 
@@ -140,7 +141,7 @@ class Device:
         """Class ids (h, W) uint8 of what score_bands yields, once for each."""
         if not isinstance(band, Band):
             return self._host.labels(band)
-        labels = self._buffer("labels", band.count * band.width)
+        labels = self.buffer("labels", band.count * band.width)
         self.launch_out("decode", (band.width, band.count), band.address, band.channels, band.held, band.width, band.y0,
                         band.count, band.clear, labels.address)
         return labels.get_first((band.count, band.width))
@@ -149,7 +150,7 @@ class Device:
         """images.blend."""
         colours = np.zeros((256, 3), np.uint8)
         colours[:len(palette)] = palette
-        out = self._buffer("blended", pixels.size)
+        out = self.buffer("blended", pixels.size)
         self.launch_out("blend", (labels.size, 1), self.sent("under", pixels), self.sent("classes", labels),
                          self.sent("palette", colours), images.OVERLAY_OPACITY, labels.size, out.address)
         return out.get_first(pixels.shape)
@@ -158,28 +159,6 @@ class Device:
         """Addresses of a table's first indices and weights, and its taps; see edge.resample."""
         first, weights = function(n_in, n_out)
         return self.sent("first", first), self.sent("weights", convert(weights)), weights.shape[1]
-
-    def sent(self, name, array):
-        """The address of an array on the device."""
-        buffer = self._buffer(name, array.nbytes)
-        buffer.put_first(array)
-        return buffer.address
-
-    def _buffer(self, name, nbytes):
-        """Room of at least nbytes that both sides see, the same for each name while it is large enough."""
-        if name not in self._buffers or len(self._buffers[name]) < nbytes:
-            if name in self._buffers:
-                self.gpu.free(self._buffers.pop(name))
-            self._buffers[name] = self.gpu.buffer((nbytes,), np.uint8, self._kind)
-        return self._buffers[name]
-
-    def room(self, name, nbytes):
-        """As _buffer(), of the device alone. Returns an address."""
-        if name not in self._rooms or self._rooms[name][1] < nbytes:
-            if name in self._rooms:
-                self.gpu.free(self._rooms.pop(name)[0])
-            self._rooms[name] = self.gpu.room(nbytes), nbytes
-        return int(self._rooms[name][0])
 
 
 class Canvas:

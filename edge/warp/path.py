@@ -38,15 +38,35 @@ class Still:
         self._small, self._positions = small, positions
 
 
-def look(picture, recipe, logits_of, lap, still):
+class WarpHost(scores.Host):
+    """Pixels, samples and scores in the host's memory. edge.warp.device does the same on a GPU."""
+
+    def pixels_of(self, picture):
+        """What fitted() gave as an array (h, w, 3) uint8."""
+        return images.whole(picture)
+
+    def sampled(self, view, positions, recipe):
+        """A picture's samples as the net takes them: (1, 3, th, tw) float32."""
+        return images.normalise(reference.sample(view, positions)[None], recipe.mean, recipe.std)
+
+    def unwarp(self, found, positions, height, width):
+        """reference.unwarp of a net's scores (1, C, th, tw)."""
+        return reference.unwarp(np.asarray(found)[0], positions, height, width)
+
+    def unwarp_labels(self, found, positions, height, width):
+        """reference.unwarp_labels of a net's scores (1, C, th, tw)."""
+        return reference.unwarp_labels(np.asarray(found)[0], positions, height, width)
+
+
+def look(picture, recipe, logits_of, lap, still, pixels):
     """(view, positions): the picture at the size that is sampled, and where its samples lie, (th, tw, 2).
 
     logits_of(pixels (1, 3, h, w) float32) -> density logits (h, w); None: samples stay where they are."""
-    view = scores.Host().fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
+    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
     if logits_of is None:
         lap("prepare")
         return view, reference.own_positions(*recipe.task)
-    small = images.whole(images.resized(view, *recipe.density))
+    small = pixels.pixels_of(pixels.fitted(view, *recipe.density))
     positions = still and still.find(small)
     if positions is None:
         ready = images.normalise(small[None], recipe.mean, recipe.std)
@@ -60,28 +80,24 @@ def look(picture, recipe, logits_of, lap, still):
     return view, positions
 
 
-def sampled_scores(picture, recipe, logits_of, score, lap, still):
-    """(scores (C, th, tw) of the samples, their positions). score(pixels (1, 3, th, tw) float32) -> (1, C, th, tw) float32."""
-    view, positions = look(picture, recipe, logits_of, lap, still)
-    pixels = images.normalise(reference.sample(view, positions)[None], recipe.mean, recipe.std)
+def score_bands(picture, recipe, logits_of, score, lap=lambda stage: None, still=None, pixels=None, labels=False):
+    """Yield (y0, scores (C, h, W) float32) of the rows of `picture` from the top, all rows, in its own size; with labels the
+    class ids (h, W) uint8 in their place, which is much faster.
+
+    logits_of: see look(); score(pixels (1, 3, th, tw) float32) -> (1, C, th, tw) float32; lap(stage) is called when a stage of
+    work ends; still: a Still or None; pixels: where they are held, a WarpHost unless given."""
+    pixels = pixels or WarpHost()
+    lap = pixels.timed(lap)
+    view, positions = look(picture, recipe, logits_of, lap, still, pixels)
+    samples = pixels.sampled(view, positions, recipe)
     lap("sample")
-    found = score(pixels)[0]
+    found = score(samples)
     lap("run")
-    return found, positions
-
-
-def score_bands(picture, recipe, logits_of, score, lap=lambda stage: None, still=None):
-    """Yield (y0, scores (C, h, W) float32) of the rows of `picture` from the top, all rows, in its own size.
-
-    logits_of, score: see look(), sampled_scores(); lap(stage) is called when a stage of work ends."""
-    for y0, band in reference.unwarp(*sampled_scores(picture, recipe, logits_of, score, lap, still) + (picture.height, picture.width)):
+    for y0, band in (pixels.unwarp_labels if labels else pixels.unwarp)(found, positions, picture.height, picture.width):
         lap("unwarp")
         yield y0, band
 
 
-def label_bands(picture, recipe, logits_of, score, lap=lambda stage: None, still=None):
-    """As score_bands(), and much faster: class ids (h, W) uint8."""
-    for y0, labels in reference.unwarp_labels(*sampled_scores(picture, recipe, logits_of, score, lap, still) + (
-            picture.height, picture.width)):
-        lap("unwarp")
-        yield y0, labels
+def label_bands(*given, **more):
+    """score_bands() with labels."""
+    return score_bands(*given, labels=True, **more)

@@ -206,7 +206,7 @@ def _interpolated(padded, y, x):
     return out
 
 
-def _bands(height, width, step):
+def bands(height, width, step):
     """(first, last + 1) mesh row of the bands of an image."""
     cells, count = -(-height // step), max(1, BAND_PX // (step * width))
     return [(k, min(cells, k + count)) for k in range(0, cells, count)]
@@ -217,7 +217,7 @@ def unwarp(scores, positions, height, width):
     step, mesh = mesh_step(positions, height, width), inverse(positions, height, width)
     padded = np.pad(scores, ((0, 0), (1, 1), (1, 1)), mode="edge")
     f, g, cols = fractions(height, step), fractions(width, step).ravel()[:width], np.arange(width) // step
-    for first, last in _bands(height, width, step):
+    for first, last in bands(height, width, step):
         lines = [_between(plane[:, cols], plane[:, cols + 1], g) for plane in mesh[:, first:last + 1]]
         y, x = [_between(line[:-1, None], line[1:, None], f[first:last, :, None]).reshape(-1, width) for line in lines]
         rows = min(last * step, height) - first * step
@@ -235,7 +235,7 @@ def unwarp_labels(scores, positions, height, width):
     same = (here == best[1:, :-1]) & (here == best[:-1, 1:]) & (here == best[1:, 1:])
     known[:-1, :-1][same] = here[same]  # the class between a padded sample and the next ones, or -1
     unknown[1:, 1:] = (~same).cumsum(axis=0).cumsum(axis=1)  # how many -1 there are above and left
-    for first, last in _bands(height, width, step):
+    for first, last in bands(height, width, step):
         corners = [mesh[:, i:i + last - first, j:j + len(g)] for i in (first, first + 1) for j in (0, 1)]
         y0, x0 = (np.min(corners, axis=0) - 1e-3).astype(np.int32)
         y1, x1 = (np.max(corners, axis=0) + 1.001).astype(np.int32)

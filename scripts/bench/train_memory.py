@@ -35,7 +35,7 @@ def one_step(way, res, width, folder, steps, threads):
                          gradient=way.split("-")[-1] if way.startswith("patch") else "exact")
     classes = dataset.read_classes(folder, config)
     pair, = dataset.find_pairs(folder, 0.0)
-    stored = store.ingest([pair], classes, config.fit, config.res, os.path.join(folder, "cache"), 16, config.patch, 0, [])
+    stored = store.ingest([pair], classes, config.fit, config.res, os.path.join(folder, "cache"), 16, (config.patch, config.patch), 0, [])
     problem = Problem(config, classes, stored, [], [], torch.device("cpu"))
     state = State(problem)
     gradient = problem.gradient(state)
