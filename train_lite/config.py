@@ -182,6 +182,10 @@ def check(config):
         raise UsageError("--width is %d, expected a multiple of 4, such as 16" % config.width)
     if config.deform_width % 4:
         raise UsageError("--deform-width is %d, expected a multiple of 4, such as 32" % config.deform_width)
+    if not (config.gamma >= 0 or config.gamma == -1):
+        raise UsageError("--gamma is %s, expected 0 or more, or -1 for the edge loss's own" % config.gamma)
+    if config.density > 512:
+        raise UsageError("--density is %d, expected 512 or less: it says where to look, not what is there" % config.density)
     if config.sampler != "none":
         task_size(config)
         if config.mode != "patch":

@@ -9,12 +9,13 @@ from train_lite import metrics
 from train_lite.deform import Sampler, oracle_logits
 from train_lite.patches import MEAN, STD
 
-# When samples are said to be wasted. What one point of a density draws to itself is what lies within its radius, 1.6 % of the
-# samples at --radius 0.0625, 27 % at 0.25: a limit in shares of all samples would never be met, or always. Shares of what a point
-# can draw: densities trained on the demo set come to 0.01, on specks of 6 to 14 px in 512 px to 0.17, one single node to 0.85 and more.
+# When samples are said to be wasted. What one point of a density draws to itself is what lies within its radius: 2 % of the
+# samples at --radius 0.0625, 27 % at 0.25, so a limit in shares of all samples would never be met, or always. In shares of
+# what a point can draw, densities trained on the demo set come to 0.01, on specks of 6 to 14 px in images of 512 px to 0.2,
+# a single node to 0.73 and more.
 CROWDED = 0.5     # of them in the room that a single sample has undeformed
 LEAST_CROWD = 16  # samples there: 4 times as close each way is what a density is for
-FOLDED = 0.01     # of the grid's cells turned over: trained ones have none; un-warping copes, but sees the first of two samples only
+FOLDED = 0.01     # of the grid's cells turned over: trained ones have none; un-warping takes the first of two samples
 
 
 def recipe(settings, tile, batch):
@@ -60,8 +61,8 @@ def warp_functions(net, sampler, stored, device):
 
 
 class Seen(path.WarpHost):
-    """Remembers of an image, once its first band is there: positions (th, tw, 2), edge.warp.reference.grid; samples (1, 3, th, tw)
-    float32, normalised; scores (C, th, tw) float32, the net's."""
+    """Remembers of an image, once its first band is there: positions (th, tw, 2), edge.warp.reference.grid; samples
+    (1, 3, th, tw) float32, normalised; scores (C, th, tw) float32, the net's."""
 
     def sampled(self, view, positions, recipe):
         self.positions, self.samples = positions, super().sampled(view, positions, recipe)
@@ -77,8 +78,8 @@ class Seen(path.WarpHost):
 
 
 def predict(net, stored, how, device):
-    """A Stored through `net`. how: a Recipe, or a deform.Sampler. Returns (bands, seen): bands yields (y0, class ids (h, W) uint8)
-    for all rows, from the top; seen: the Seen of a Sampler, None of a Recipe."""
+    """A Stored through `net`. how: a Recipe, or a deform.Sampler. Returns (bands, seen): bands yields (y0, class ids (h, W)
+    uint8) for all rows, from the top; seen: the Seen of a Sampler, None of a Recipe."""
     if isinstance(how, Sampler):
         seen = Seen()
         return path.label_bands(stored.picture, how.recipe, *warp_functions(net, how, stored, device), pixels=seen), seen
@@ -94,8 +95,8 @@ def label_bands(net, stored, how, device):
 def evaluate(net, stored, how, classes, device, final=False):
     """Score `net` on a list of Stored. final: whether a run ends with this; then also what takes more time.
 
-    Returns the dict of metrics.summarise, and 'boundary_f1': a float; None in between of a net of patches. For a Sampler also what
-    SampleScores.summary gives. All but that is about every pixel of the images."""
+    Returns the dict of metrics.summarise, and 'boundary_f1': a float; of a net of patches None but at the end. For a Sampler
+    also what SampleScores.summary gives. All but that is about every pixel of the images."""
     matrices, edges = [], np.zeros((classes, 4), np.int64)
     samples = SampleScores(how, classes) if isinstance(how, Sampler) else None
     for entry in stored:
@@ -153,22 +154,22 @@ class SampleScores:
             self.best.append(confusion(stored, bands, self.classes))
 
     def summary(self):
-        """'low_res': {'iou', 'f1'} of the net's own output against the labels at the samples; 'ceiling': of those labels, un-warped,
-        against all pixels, None unless asked for; 'faulty': how many images have samples that are wasted, of which a line is said.
+        """'low_res': {'iou', 'f1'} of the net's own output against the labels at the samples; 'ceiling': of those labels,
+        un-warped, against all pixels, None unless asked for; 'faulty': how many images waste samples, which is said too.
 
-        Ceiling is what a net comes to that is right at every sample and sure of it. Where things are as thin as samples are apart,
-        one that is less sure may pass it: its scores say where between two samples a class ends."""
+        Ceiling is what a net comes to that is right at every sample and sure of it. Where things are as thin as samples are
+        apart, one that is less sure may pass it: its scores say where between two samples a class ends."""
         faulty = sorted((entry for entry in self.faults if entry[0]), key=lambda entry: entry[1:])
         if faulty:
             _wrong, crowded, folded, name = faulty[-1]
-            say("warning: the samples of %d of %d images have collapsed (worst: %s, %.0f %% of them in one place, %.0f %% folded "
-                "over): take a smaller --radius" % (len(faulty), len(self.faults), name, 100 * crowded, 100 * folded))
+            say("warning: the samples of %d of %d images have collapsed (worst: %s, %.0f %% of them in one place, %.0f %% "
+                "folded over): take a smaller --radius" % (len(faulty), len(self.faults), name, 100 * crowded, 100 * folded))
         return {"low_res": _iou_f1(self.low), "ceiling": _iou_f1(self.best) if self.best else None, "faulty": len(faulty)}
 
 
 def faults(positions, recipe):
-    """(whether too many samples are wasted, share of them that is in one sample's room, share of the grid's cells that is folded)
-    of a grid (th, tw, 2) made by a density as in the WarpRecipe."""
+    """(whether too many samples are wasted, share of them that is in one sample's room, share of the grid's cells that is
+    folded) of a grid (th, tw, 2) made by a density as in the WarpRecipe."""
     found, samples = reference.faults(positions), positions[..., 0].size
     drawn = np.prod([min(1.0, (2 * reach + 1.0) / nodes) for reach, nodes in zip(recipe.radius, recipe.density)])
     crowded, folded = found.crowded, found.folded / float(samples)

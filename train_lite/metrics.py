@@ -13,10 +13,11 @@ from train_lite.dataset import IGNORE
 
 NAMES = ("acc", "f1", "iou", "bacc", "plr", "nlr")
 PLR_LIMIT = 1e4  # stands for infinity: no false positives at all
-TOLERANCE = 0.0013  # of the image's diagonal, 3 px on Cityscapes: how far a predicted boundary may lie from the true one. Csurka's
-#                     0.0075 is 11 px at 1024 px, as wide as the small things that are to be judged
-BLOCK_ROWS = 64     # least number of rows whose boundaries are compared at a time
-STRIP_PX = 2048     # columns, at most
+# of the image's diagonal, 3 px on Cityscapes: how far a predicted boundary may lie from the true one. Csurka's 0.0075 is
+# 11 px at 1024 px, as wide as the small things that are to be judged
+TOLERANCE = 0.0013
+BLOCK_ROWS = 64  # least number of rows whose boundaries are compared at a time
+STRIP_PX = 2048  # columns, at most
 
 
 def confusion(truth, predicted, classes):
@@ -69,19 +70,19 @@ def _mean(values):
 # --- boundaries ---------------------------------------------------------------------------------------------------
 
 class Boundaries:
-    """The boundary pixels of one image, and which of them have their counterpart near: 'What is a good evaluation measure for
-    semantic segmentation?', Csurka et al., BMVC 2013.
+    """The boundary pixels of one image, and which of them have their counterpart near: 'What is a good evaluation measure
+    for semantic segmentation?', Csurka et al., BMVC 2013.
 
-    A boundary pixel of a class has a 4-neighbour of another class; pixels of IGNORE in truth count nowhere, and neither they nor
-    the image's border make a boundary. Near is within `tolerance` px along rows and along columns (a square; the paper has a
-    disc). Of two classes only the foreground is counted. Labels come in bands of rows from the top; of the image's rows three times
-    `tolerance` are held, two bytes a pixel."""
+    A boundary pixel of a class has a 4-neighbour of another class; pixels of IGNORE in truth count nowhere, and neither
+    they nor the image's border make a boundary. Near is within `tolerance` px along rows and along columns (a square; the
+    paper has a disc). Of two classes only the foreground is counted. Labels come in bands of rows from the top; held are
+    three times `tolerance` rows, at least BLOCK_ROWS + 2 `tolerance`, two bytes a pixel."""
 
     def __init__(self, classes, height, width):
         self.tolerance = t = max(1, int(round(TOLERANCE * math.hypot(height, width))))
         self._totals = np.zeros((classes, 4), np.int64)
-        # truth's and prediction's: the last two rows of labels, and the class of each boundary pixel, IGNORE elsewhere, with a
-        # margin of `tolerance` on all sides
+        # truth's and prediction's: the last two rows of labels, and the class of each boundary pixel, IGNORE elsewhere,
+        # with a margin of `tolerance` on all sides
         self._labels = np.full((2, 2, width), IGNORE, np.uint8)
         self._edges = np.full((2, max(t, BLOCK_ROWS) + 2 * t, width + 2 * t), IGNORE, np.uint8)
         self._filled = t - 1  # the row above the image, of which no label is known, is the first to come
@@ -101,8 +102,8 @@ class Boundaries:
                 self._compare()
 
     def counts(self):
-        """After the last row: (classes, 4) int64: predicted boundary pixels, those of them that are right, true ones, those of them
-        that were found."""
+        """After the last row: (classes, 4) int64: predicted boundary pixels, those of them that are right, true ones,
+        those of them that were found."""
         nothing = np.full((1, self._labels.shape[2]), IGNORE, np.uint8)
         for _ in range(self.tolerance + 1):
             self.add(nothing, nothing)
@@ -119,13 +120,14 @@ class Boundaries:
                 bit_of = bytearray(256)
                 bit_of[first:first + 8] = [1 << i for i in range(8)]
                 bit_of[classes:] = bytes(256 - classes)
-                bits = np.frombuffer(edges.tobytes().translate(bit_of), np.uint8).reshape(edges.shape)  # 4 times as fast as take
+                bits = np.frombuffer(edges.tobytes().translate(bit_of), np.uint8)  # 4 times as fast as an index
                 if not bits.any():
                     continue
+                bits = bits.reshape(edges.shape)
                 near = _windows(_windows(bits, 2 * t + 1, 1), 2 * t + 1, 2)
                 kinds, bits = edges[:, t:-t, t:-t], bits[:, t:-t, t:-t]
-                for column, which in enumerate((bits[1] != 0, (bits[1] & near[0]) != 0, bits[0] != 0, (bits[0] & near[1]) != 0)):
-                    self._totals[:, column] += np.bincount(kinds[1 - column // 2][which], minlength=classes)
+                for column, which in enumerate((bits[1], bits[1] & near[0], bits[0], bits[0] & near[1])):
+                    self._totals[:, column] += np.bincount(kinds[1 - column // 2][which != 0], minlength=classes)
         self._edges[:, :2 * t] = self._edges[:, -2 * t:].copy()
         self._filled = 2 * t
 
@@ -154,7 +156,7 @@ def _windows(bits, size, axis):
 
 
 def boundary_f1(counts):
-    """counts (C, 4) of Boundaries, summed over a set -> mean F1 of the classes that have a boundary in truth; NaN without any."""
+    """counts (C, 4) of Boundaries, summed over a set -> mean F1 of the classes with a boundary in truth; NaN without."""
     predicted, right, true, found = np.asarray(counts, np.float64)[np.asarray(counts)[:, 2] > 0].T
     precision, recall = right / np.maximum(predicted, 1), found / np.maximum(true, 1)
     return _mean(2 * precision * recall / np.maximum(precision + recall, 1e-12))

@@ -12,7 +12,8 @@ BAR_PX = 18    # above it, with a few words
 GAP_PX = 4     # beside and below it
 LINES = 24     # of a grid that are drawn each way, about
 LINE_PX = 8    # between two of them, at least
-HEAT = ((-2, (0, 0, 0)), (0, (70, 20, 120)), (1.5, (210, 50, 60)), (3, (255, 160, 20)), (5, (255, 255, 210)))  # log2 of density
+# colours of log2 of a density, 0: as dense as undeformed
+HEAT = ((-2, (0, 0, 0)), (0, (70, 20, 120)), (1.5, (210, 50, 60)), (3, (255, 160, 20)), (5, (255, 255, 210)))
 
 
 def curves(rows, series, path):
@@ -103,7 +104,7 @@ def density(small, positions):
 def grid(small, positions):
     """Lines through every few of the samples at `positions` (th, tw, 2), over the picture `small`: (h, w, 3) uint8."""
     height, width = small.shape[:2]
-    canvas = Image.fromarray((0.7 * small).astype(np.uint8)).resize((2 * width, 2 * height))  # drawn at twice the size: smooth
+    canvas = Image.fromarray((0.7 * small).astype(np.uint8)).resize((2 * width, 2 * height))  # twice the size: smooth lines
     pen, places = ImageDraw.Draw(canvas), positions[..., ::-1] * (2 * width, 2 * height)
     for along, room in ((places, height), (places.swapaxes(0, 1), width)):
         count = max(2, min(len(along), LINES, room // LINE_PX))

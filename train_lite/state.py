@@ -138,7 +138,7 @@ class State:
         batch = WarpBatch(views, problem.sampler, 0, problem.device) if problem.sampler else Batch(views, problem.side, problem.device)
         every = batch.every_patch()
         # two whole images (--mode full) hold as many pixels as 128 patches of 128 px of 1024 px images
-        count, chunk = (CALIBRATION_PATCHES, micro_batch(problem.config)) if problem.settings.tile else (2, 1)
+        count, chunk = (CALIBRATION_PATCHES, micro_batch(problem.config)) if problem.settings.tile or problem.sampler else (2, 1)
         picks = [every[i] for i in picks_rng.permutation(len(every))[:count]]
         overviews = [Batch([view], problem.side, problem.device) for view in views[:CALIBRATION_PATCHES // 8]]
 

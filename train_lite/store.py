@@ -104,7 +104,9 @@ def label_edges(labels, height, width):
             here[:apart.shape[0], :apart.shape[1]] |= apart[:len(here)]
         rows, at = np.arange(y0, stop) * height // labels.height, np.nonzero(here)
         counts += np.bincount(rows[at[0]] * width + cols[at[1]], minlength=height * width).reshape(height, width)
-    share = counts * (float(height) * width / (labels.height * labels.width))
+    room = np.outer(*[np.bincount(np.arange(n) * cells // n, minlength=cells) for n, cells in (
+        (labels.height, height), (labels.width, width))])
+    share = counts / np.maximum(room, 1.0)
     padded = np.pad(share, 1, mode="edge")
     padded = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
     return ((padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4).astype(np.float32)

@@ -21,8 +21,8 @@ class WarpRecipe(NamedTuple):
 
 
 class Still:
-    """Places of samples that are used again while the scene is still: while no pixel of the small image differs from the one
-    that they were made for by more than `threshold`, on average over the image, of 255."""
+    """Places of samples that are used again while the scene is still: while the small image differs from the one that they were
+    made for by at most `threshold` of 255, on average over its values."""
 
     def __init__(self, threshold):
         self.threshold, self._small, self._positions = threshold, None, None
