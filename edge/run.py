@@ -14,12 +14,12 @@ class Stopwatch:
     """Books the time since the last call to a stage of work: every moment is counted once."""
 
     def __init__(self):
-        self.ms = dict.fromkeys(STAGES, 0.0)
+        self.ms = {}  # of the stages that the pipeline has
         self._last = time.perf_counter()
 
     def lap(self, stage):
         now = time.perf_counter()
-        self.ms[stage] += (now - self._last) * 1000
+        self.ms[stage] = self.ms.get(stage, 0.0) + (now - self._last) * 1000
         self._last = now
 
 
@@ -62,6 +62,7 @@ def benchmark(source, pipeline, warm_up, runs):
             pass
         if index >= warm_up:
             laps.append(dict(watch.ms, total=sum(watch.ms.values())))
-    table = {stage: dict(zip(("p50", "p95", "p99"), np.percentile([lap[stage] for lap in laps], [50, 95, 99]).tolist()))
-             for stage in ("prepare", "sample", "run", "blend", "decode", "unwarp", "total")}
+    stages = [stage for stage in STAGES if any(stage in lap for lap in laps)] + ["total"]
+    table = {stage: dict(zip(("p50", "p95", "p99"), np.percentile([lap.get(stage, 0.0) for lap in laps], [50, 95, 99]).tolist()))
+             for stage in stages}
     return table, (pictures[0].height, pictures[0].width)
