@@ -66,6 +66,9 @@ def main(argv):
     config = parse(EdgeConfig, argv, "edge-run", __doc__, HELPS, CHOICES)
     check(config)
     made, files = contract.load(config.engine)
+    if config.still >= 0 and made["pipeline"] != "deform":
+        raise UsageError("--still %s: %s is of the pipeline %s, which does not move samples; expected one of deform. Leave --still out"
+                         % (config.still, config.engine, made["pipeline"]))
     backend = backends.choose(config.backend, config.engine)
     banner("edge-run", backend.DEVICE, backend.describe())
     trial.demand(config.engine, backend.NAME, made)

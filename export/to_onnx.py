@@ -28,9 +28,12 @@ class Head(nn.Module):
 
 
 def pipeline_of(config, fusion):
-    """The contract's pipeline for a trained config. Raises UsageError for one that needs labels."""
+    """The contract's pipeline for a trained config. Raises UsageError for a sampler that has none."""
     if config.sampler == "edge-oracle":
         raise UsageError("a net of --sampler edge-oracle looks where the labels' edges are, which a camera does not know. Train "
+                         "one with --sampler deform or edge")
+    if config.sampler == "marin":
+        raise UsageError("a net of --sampler marin is a baseline to train beside others; the runtime has no warp for its nodes. Train "
                          "one with --sampler deform or edge")
     if config.sampler != "none":
         return "uniform" if config.sampler == "uniform" else "deform"

@@ -36,9 +36,12 @@ def test_ladder_goes_down_one_change_at_a_time(change):
         a, b = getattr(above, changed), getattr(below, changed)
         assert ORDER[changed].index(b) > ORDER[changed].index(a) if changed in ORDER else 0 < b < a
     assert notches[-1].micro_batch == 1 and notches[-1].tight
-    assert all(n.patch % 16 == 0 and n.patch >= plan.LEAST_PATCH for n in notches)
     whole, steady = start.mode == "full", start.mode == "full" or bool(start.resume)
-    assert (notches[-1].patch == start.patch) == steady
+    for notch in notches:  # an image that is seen whole has no patch to make smaller
+        assert notch.patch == 0 if whole else notch.patch % 16 == 0 and notch.patch >= plan.LEAST_PATCH
+        assert ("patch" in notch.words()) != whole
+        assert plan.apply(start, notch).patch == (notch.patch or start.patch)
+    assert (notches[-1].patch == notches[0].patch) == steady
     assert notches[-1].recompute == (whole and start.norm != "batch" or start.recompute)
 
 
@@ -164,6 +167,9 @@ def test_estimate_grows_with_what_takes_memory():
     rungs = plan.ladder(config(mode="full", width=16), CPU)
     at = [n.recompute for n in rungs].index(True)
     assert whole[at]["activations"] < 0.8 * whole[at - 1]["activations"]
+    even, deform, wider = [plan.estimates(config(sampler=kind, deform_width=width), 1, 256 * 256, [(512, 512, True)], CPU)[0]
+                           for kind, width in (("uniform", 32), ("deform", 32), ("deform", 192))]
+    assert plan.peak(even) < plan.peak(deform) < plan.peak(wider) - 20
     assert estimate(headers=((9000, 9000, False),))["loader"] > 9000 * 9000 * 8 / plan.MIB - 1
 
 

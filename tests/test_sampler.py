@@ -15,7 +15,7 @@ from edge.warp import path
 from train_lite import dataset, evaluate, store
 from train_lite.config import ModeSettings, TrainConfig, check, density_radius, density_size, task_size
 from train_lite.dataset import IGNORE, Classes, Pair
-from train_lite.deform import FLOOR, Sampler, WarpBatch, WarpNet
+from train_lite.deform import FLOOR, LOOKS, Sampler, WarpBatch, WarpNet
 from train_lite.gradient import Gradient
 from train_lite.models import FEATURES, MODELS, norm
 from train_lite.models.deform import DeformNet
@@ -66,16 +66,18 @@ def recipe(task, density, radius):
     return path.WarpRecipe("none", 0, task, density, radius, MEAN, STD)
 
 
-def warp_net(outputs=1, kind="group", look=True, seed=0):
+def warp_net(outputs=1, kind="group", look=DeformNet, seed=0):
     """A WarpNet in float64 whose density is not flat, with frozen statistics that are not trivial."""
     torch.manual_seed(seed)
-    net = WarpNet(MODELS["unet"](FEATURES, 4, kind), outputs, DeformNet(8, kind) if look else None).double()
+    net = WarpNet(MODELS["unet"](FEATURES, 4, kind), outputs, look(8, kind) if look else None).double()
     for module in net.modules():
         if hasattr(module, "running_var"):
             module.running_var.uniform_(0.5, 2)
             module.running_mean.normal_()
-    if look:
+    if look is DeformNet:
         torch.nn.init.normal_(net.deform.last.weight)
+    elif look:
+        torch.nn.init.normal_(net.deform.around[2].weight, 0, 1e-3)
     return net
 
 
@@ -263,10 +265,10 @@ def test_uniform_is_the_plain_resize(layout):
         assert np.array_equal(labels.numpy(), mask[rows][:, cols]) and penalty.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("kind", ["deform", "edge", "uniform", "edge-oracle"])
+@pytest.mark.parametrize("kind", ["deform", "edge", "uniform", "edge-oracle", "marin"])
 def test_labels_are_those_of_the_nearest_pixels(kind):
     """No class between two others, no edge of what is ignored softened."""
-    net, batch = warp_net(look=kind in ("deform", "edge")), batch_of(OBLONG, kind)
+    net, batch = warp_net(look=LOOKS.get(kind)), batch_of(OBLONG, kind)
     for view in batch.views:
         ids = view.stored.labels.array
         ids[ids == 1] = 7
@@ -303,11 +305,11 @@ def test_edge_oracle_without_an_edge_is_uniform():
     assert torch.equal(oracle.pixels, plain.pixels)
 
 
-@pytest.mark.parametrize("kind", ["deform", "edge-oracle", "uniform"])
+@pytest.mark.parametrize("kind", ["deform", "edge-oracle", "uniform", "marin"])
 def test_evaluation_looks_where_training_does(kind):
     memory, seen = Memory(45, 61, real_edges=True), []
     memory._made[7, 7, 3] = images.whole(images.resized(memory.picture, 7, 7))
-    net = warp_net(look=kind == "deform").float()
+    net = warp_net(look=LOOKS.get(kind)).float()
     batch = WarpBatch([View(memory, 0, 16)], Sampler(kind, recipe(*SQUARE[:3])), 0, CPU)
     hook = net.register_forward_pre_hook(lambda _net, args: seen.append(args[0]))
     labels = np.concatenate([band for _y0, band in evaluate.label_bands(net, memory, batch.sampler, CPU)])
@@ -316,7 +318,8 @@ def test_evaluation_looks_where_training_does(kind):
     assert float((seen[0] - chunk_of(batch, net).pixels).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("kind, look", [("deform", True), ("edge", True), ("uniform", False), ("edge-oracle", False)])
+@pytest.mark.parametrize("kind, look", [("deform", True), ("edge", True), ("uniform", False), ("edge-oracle", False),
+                                        ("marin", True)])
 def test_only_who_asks_a_net_where_to_look_has_one(kind, look):
     state = State(problem(sampler=kind))
     assert (state.net.deform is not None) == look
@@ -541,7 +544,7 @@ def test_edges_of_the_store_are_those_of_its_labels(tmp_path):
 
 @pytest.mark.parametrize("size", ["0x0", "100x100", "256x100", "small", "256", "", "256x", "x256", "-16x16", "16x-16",
                                   "256x256x3", "256 x 256", "16.0x16", "256,256", "1000000x16"])
-@pytest.mark.parametrize("kind", ["deform", "uniform", "edge", "edge-oracle"])
+@pytest.mark.parametrize("kind", ["deform", "uniform", "edge", "edge-oracle", "marin"])
 def test_a_wrong_task_size_is_refused(kind, size):
     with pytest.raises(UsageError, match="--task-size .*WIDTHxHEIGHT.*multiples of 16.*256x256"):
         check(TrainConfig(sampler=kind, task_size=size))

@@ -151,19 +151,36 @@ def test_degenerate_images(model, tmp_path):
             assert mask.shape == shape and mask.max() <= 1
 
 
-@pytest.mark.parametrize("sampler, fit", [("deform", "none"), ("edge-oracle", "long")])
-def test_training_on_degenerate_images(sampler, fit, tmp_path):
+def noise_set(folder, sizes):
+    """A set of noise; the last image is black, and only the first three have anything labelled."""
     rng = np.random.RandomState(0)
     for kind in ("images", "masks"):
-        (tmp_path / "set" / kind).mkdir(parents=True)
-    for index, (height, width) in enumerate([(1, 1), (1, 30), (30, 1), (7, 10), (60, 40)]):
-        for kind, array in (("images", rng.randint(0, 256, (height, width, 3)) // (1 + 254 * (index == 4))),
+        (folder / kind).mkdir(parents=True)
+    for index, (height, width) in enumerate(sizes):
+        for kind, array in (("images", rng.randint(0, 256, (height, width, 3)) // (1 + 254 * (index == len(sizes) - 1))),
                             ("masks", (rng.rand(height, width) < 0.5) & (index < 3))):
-            Image.fromarray(array.astype(np.uint8)).save(str(tmp_path / "set" / kind / ("%d.png" % index)))
+            Image.fromarray(array.astype(np.uint8)).save(str(folder / kind / ("%d.png" % index)))
+    return folder
+
+
+@pytest.mark.parametrize("sampler, fit", [("deform", "none"), ("edge-oracle", "long"), ("marin", "none")])
+def test_training_on_degenerate_images(sampler, fit, tmp_path):
+    data = noise_set(tmp_path / "set", [(32, 64), (32, 300), (200, 64), (64, 128), (60, 80)])
     words = SMALL + ("--epochs", 1, "--name", "x", "--out", tmp_path)
-    assert ran(run.main, "--data", tmp_path / "set", "--fit", fit, "--sampler", sampler, *words) == 0
+    assert ran(run.main, "--data", data, "--fit", fit, "--res", 300, "--sampler", sampler, *words[2:]) == 0
     lines = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
     assert len(lines) >= 4 and np.isfinite([line["loss"] for line in lines]).all()
+
+
+@pytest.mark.parametrize("size, fit, way_out", [((31, 90), "none", "smaller --task-size, or leave"),
+                                                ((90, 63), "none", "smaller --task-size, or leave"),
+                                                ((3, 30), "long", "larger --res, or leave")])
+def test_more_samples_than_an_image_has_are_refused(size, fit, way_out, tmp_path, capsys):
+    data = noise_set(tmp_path / "set", [(64, 80), (64, 80), size, (64, 80)])
+    assert ran(run.main, "--data", data, "--val-share", 0, "--fit", fit, "--sampler", "deform", "--out", tmp_path / "runs", *SMALL) == 2
+    said = capsys.readouterr().err
+    assert "--task-size 64x32 is larger than 1 of" in said and "2.png" in said and way_out in said and "Traceback" not in said
+    assert not (tmp_path / "runs").exists()
 
 
 # --- scenes that are still ----------------------------------------------------------------------------------------
@@ -222,14 +239,23 @@ def test_places_of_the_first_frame_serve_frames_that_differ_by_no_more(deform, t
 
 # --- files that are wrong -----------------------------------------------------------------------------------------
 
-def test_a_net_that_needs_labels_is_not_exported(place, capsys):
-    words = SMALL + ("--epochs", 1, "--name", "oracle", "--out", place / "runs")
-    assert ran(run.main, "--data", place / "set", "--sampler", "edge-oracle", *words) == 0
+@pytest.mark.parametrize("sampler", ["edge-oracle", "marin"])
+def test_a_baseline_is_not_exported(sampler, place, capsys):
+    words = SMALL + ("--epochs", 1, "--name", sampler, "--out", place / "runs")
+    assert ran(run.main, "--data", place / "set", "--sampler", sampler, *words) == 0
     capsys.readouterr()
-    assert ran(export.main, place / "runs" / "oracle", "--out", place / "oracle.onnx") == 2
+    assert ran(export.main, place / "runs" / sampler, "--out", place / (sampler + ".onnx")) == 2
     said = capsys.readouterr().err
-    assert "edge-oracle" in said and "--sampler deform" in said and "Traceback" not in said
-    assert not [name for name in os.listdir(str(place)) if "oracle" in name]
+    assert sampler in said and "--sampler deform" in said and "Traceback" not in said
+    assert not [name for name in os.listdir(str(place)) if sampler in name]
+
+
+def test_still_is_for_samples_that_move(uniform, tmp_path, capsys):
+    photo(tmp_path / "a.png", 96, 120)
+    assert ran(cli.main, "--engine", uniform["model"], "--input", tmp_path / "a.png", "--output", tmp_path / "out", "--still", 0) == 2
+    said = capsys.readouterr().err
+    assert "--still" in said and "pipeline uniform" in said and "expected one of deform" in said
+    assert not (tmp_path / "out").exists()
 
 
 TILE = {"size": 64, "overlap": 0, "batch": 1}

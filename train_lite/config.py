@@ -105,7 +105,7 @@ HELPS = {
     "fill": "sampled, where the Dice sums come from: sample (the patches drawn), image (every patch, as published)",
     "overlap": "px shared by neighbouring tiles when predicting",
     "sampler": "the net sees the whole image at --task-size, sampled: deform (by a density trained with the net), uniform, edge (by a "
-               "density that learns label edges), edge-oracle (by the label edges themselves). none: patches",
+               "density that learns label edges), edge-oracle (by the label edges themselves), marin (8x8 nodes drawn to label edges, Marin 2019). none: patches",
     "task_size": "WIDTHxHEIGHT px that the net sees, multiples of 16",
     "density": "px, longer side of what the deformation net sees, and of its density",
     "deform_width": "channels of the deformation net; 192 is the published one",
@@ -153,7 +153,7 @@ CHOICES = {
     "gradient": ["sampled", "exact"],
     "global_patch": ["concat", "add", "none"],
     "fill": ["sample", "image"],
-    "sampler": ["none", "deform", "uniform", "edge", "edge-oracle"],
+    "sampler": ["none", "deform", "uniform", "edge", "edge-oracle", "marin"],
     "edge_loss": ["divergence", "spanned"],
     "optimizer": ["adamw", "adamw8", "sgd"],
     "device": ["auto", "cpu", "cuda"],

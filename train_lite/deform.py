@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from edge.images import normalise, scale_shift
 from edge.warp import reference
-from train_lite import warp
+from train_lite import marin, warp
+from train_lite.models.deform import DeformNet
 from train_lite.models.patchnet import PatchNet
 from train_lite.patches import MEAN, STD, Batch, Chunk
 
@@ -17,11 +18,21 @@ FLOOR = 0.1        # of the mean of a density made of label edges: what ground w
 
 
 class WarpNet(PatchNet):
-    """The segmentation net, and beside it the one that says where to look. deform: a DeformNet; None: nothing moves."""
+    """The segmentation net, and beside it the one that says where to look. deform: a DeformNet, or a marin.NodeNet; None:
+    nothing is learned about that."""
 
     def __init__(self, encoder, outputs, deform):
         super().__init__(encoder, outputs, "none")
         self.deform = deform
+
+
+LOOKS = {"deform": DeformNet, "edge": DeformNet, "marin": marin.NodeNet}
+
+
+def build_deform(config):
+    """What says where to look, of a training's config: a module, or None where nothing is learned about that."""
+    kind = "group" if config.norm == "frozen" else config.norm
+    return LOOKS[config.sampler](config.deform_width, kind) if config.sampler in LOOKS else None
 
 
 class Sampler:
@@ -38,10 +49,17 @@ class Sampler:
             return torch.from_numpy(reference.own_positions(*self.recipe.task)).to(small), nothing
         if self.kind == "edge-oracle":
             return self._grid(warp.softmax(_edge_logits(edges))), nothing
+        if self.kind == "marin":
+            moves = net.deform(small)[0]
+            loss = nothing if edges is None else F.mse_loss(moves, self._like_moves(edges, moves))
+            return marin.grid(moves.detach(), *self.recipe.task), loss
         logits = net.deform(small)[0, 0]
         density = warp.softmax(logits)
         loss = nothing if edges is None else self._edge_loss(logits, density, edges)
         return self._grid(density.detach() if self.kind == "edge" else density), loss
+
+    def _like_moves(self, edges, moves):
+        return torch.from_numpy(marin.targets(edges.cpu().numpy()) - marin.own_nodes()).to(moves)
 
     def _grid(self, density):
         return warp.grid(density, *(self.recipe.task + self.recipe.radius))

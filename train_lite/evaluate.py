@@ -5,7 +5,7 @@ import torch
 from edge import scores
 from edge.command import say
 from edge.warp import path, reference
-from train_lite import metrics
+from train_lite import marin, metrics
 from train_lite.deform import Sampler, oracle_logits
 from train_lite.patches import MEAN, STD
 
@@ -55,9 +55,16 @@ def warp_functions(net, sampler, stored, device):
 
     if sampler.kind == "edge-oracle":
         logits_of = lambda pixels: oracle_logits(stored.edges(*sampler.size))  # noqa: E731
+    elif sampler.kind == "marin":
+        logits_of = lambda pixels: run(net.deform, pixels)[0]  # noqa: E731
     else:
         logits_of = net.deform and (lambda pixels: run(net.deform, pixels)[0, 0])
     return logits_of, lambda pixels: run(net, pixels)
+
+
+def _nodes(moves, recipe):
+    """Of --sampler marin: how its nodes move -> where samples lie, as edge.warp.path takes it."""
+    return marin.grid(torch.from_numpy(moves), *recipe.task).numpy()
 
 
 class Seen(path.WarpHost):
@@ -81,8 +88,9 @@ def predict(net, stored, how, device):
     """A Stored through `net`. how: a Recipe, or a deform.Sampler. Returns (bands, seen): bands yields (y0, class ids (h, W)
     uint8) for all rows, from the top; seen: the Seen of a Sampler, None of a Recipe."""
     if isinstance(how, Sampler):
-        seen = Seen()
-        return path.label_bands(stored.picture, how.recipe, *warp_functions(net, how, stored, device), pixels=seen), seen
+        seen, place = Seen(), _nodes if how.kind == "marin" else path.by_density
+        logits_of, score = warp_functions(net, how, stored, device)
+        return path.label_bands(stored.picture, how.recipe, logits_of, score, pixels=seen, place=place), seen
     bands = scores.score_bands(stored.picture, how, *torch_functions(net, device))
     return ((y0, scores.labels_of(band)) for y0, band in bands), None
 

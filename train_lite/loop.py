@@ -86,7 +86,7 @@ def end_epoch(problem, run, state, started):
     if problem.val and validation_due(config, state.epoch):
         result = evaluate(state.net, problem.val, problem.how, len(problem.classes.names), problem.device,
                           final=last and not problem.test)
-        row.update(result["pooled"], **{"compat_" + name: value for name, value in result["paper_compat"].items()})
+        row.update(result["pooled"], boundary_f1=result["boundary_f1"], **{"compat_" + name: value for name, value in result["paper_compat"].items()})
         text = "  val IoU %.3f  F1 %.3f" % (row["iou"], row["f1"])
     score = row.get("iou", state.best if problem.val else state.epoch)
     if np.isnan(score):  # validation images that hold nothing, of which nothing was said

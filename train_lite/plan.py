@@ -14,6 +14,7 @@ from edge.errors import OverBudget, UsageError
 from jetson import phases
 from jetson.memory import parse_bytes, rss_mib
 from train_lite.config import SUPERVISOR_MIB, micro_batch, mode_settings
+from train_lite.deform import build_deform
 from train_lite.device import JETSON_CUDA_MIB, Peak, memory_mib, out_of_memory, own_memory
 from train_lite.gradient import SumTable
 from train_lite.losses import SegmentationLoss
@@ -35,19 +36,25 @@ class Levers(NamedTuple):
     tight: bool           # freed tensors go back to the system at once: the same bits, slower
     recompute: bool       # activation checkpointing: the same bits, slower
     optimizer: str        # a kind of train_lite.optimizer
-    patch: int            # px; another net in the end, so the last
+    patch: int            # px; another net in the end, so the last; 0: the net sees whole images, or samples of them
 
     def words(self):
-        return "micro-batch %d, %s%s memory, %s, %s, patch %d px" % (
+        return "micro-batch %d, %s%s memory, %s, %s%s" % (
             self.micro_batch, "half precision, " if self.half else "", "tight" if self.tight else "pooled",
-            "recomputed activations" if self.recompute else "kept activations", self.optimizer, self.patch)
+            "recomputed activations" if self.recompute else "kept activations", self.optimizer,
+            ", patch %d px" % self.patch if self.patch else "")
+
+    def smaller_net(self):
+        """What is left to the user when not even these fit."""
+        return "a smaller --width or --patch" if self.patch else "a smaller --width, --task-size or --res"
 
 
 def ladder(config, device):
     """All Levers from the config's own to the smallest, each one notch smaller than the one before. A patch is not made
     smaller once training has begun."""
     whole = not mode_settings(config).tile
-    notches = [Levers(micro_batch(config), config.half, config.tight, config.recompute, config.optimizer, config.patch)]
+    notches = [Levers(micro_batch(config), config.half, config.tight, config.recompute, config.optimizer,
+                      0 if whole else config.patch)]
 
     def lower(**change):
         if notches[-1]._replace(**change) != notches[-1]:
@@ -70,7 +77,7 @@ def ladder(config, device):
 
 def apply(config, levers):
     """The config with the levers set. The effective batch is k patches of each image as before."""
-    return config._replace(smaller=0, **levers._asdict())
+    return config._replace(smaller=0, **dict(levers._asdict(), patch=levers.patch or config.patch))
 
 
 class Look:
@@ -82,16 +89,18 @@ class Look:
         if device.type == "cuda":  # a card's context is in use already when we look
             self.libraries = 0.0 if own_memory(device) else self.libraries + JETSON_CUDA_MIB
         self.net = build(config.model, config.width, config.norm, outputs, mode_settings(config).fusion)
-        sizes = [p.numel() * 4 / MIB for p in self.net.parameters()]
+        deform, side = build_deform(config), mode_settings(config).density
+        sizes = [p.numel() * 4 / MIB for net in (self.net, deform) if net for p in net.parameters()]
         self.weights, self.largest_weight = sum(sizes), max(sizes)
         self.outputs, self._counted = outputs, {}
+        self.deform_kept = _kept(deform, lambda: deform(torch.zeros((1, 3) + side)).sum())[0] if deform else 0.0
 
     def kept(self, tiles, recomputed):
         """(all, largest) MiB of activations that autograd keeps of `tiles` tiles of PROBE_PX, in one pass."""
         if (tiles, recomputed) not in self._counted:
             if recomputed:  # for good: ladders go from False to True
                 recompute(self.net.encoder)
-            self._counted[tiles, recomputed] = _kept(self.net, self.outputs, tiles)
+            self._counted[tiles, recomputed] = _kept(self.net, lambda: _loss(self.net, self.outputs, tiles))
         return self._counted[tiles, recomputed]
 
 
@@ -103,7 +112,7 @@ def _loss(net, outputs, tiles):
     return SegmentationLoss(outputs).sums(logits, torch.zeros(tiles, PROBE_PX, PROBE_PX, dtype=torch.uint8)).sum()
 
 
-def _kept(net, outputs, tiles):
+def _kept(net, forward):
     own, seen = {p.data_ptr() for p in net.parameters()}, {}
 
     def pack(tensor):
@@ -114,7 +123,7 @@ def _kept(net, outputs, tiles):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _loss(net, outputs, tiles)
+        forward()
     sizes = [size / MIB for size, _tensor in seen.values()]
     return sum(sizes), max(sizes)
 
@@ -140,9 +149,10 @@ def _estimate(look, levers, tile_px, loader_mib):
     # deepest layers, with about half of them and the copies of the largest weight that the CPU's convolutions make
     top = kept * scale + 2.5 * largest * scale
     deep = 0.55 * kept * scale + (2.5 if levers.tight else 4) * look.largest_weight
+    samplers = levers.micro_batch * look.deform_kept  # one for every image in the micro-batch
     return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.weights,
             "optimizer": look.weights / 4 * STATE_BYTES[levers.optimizer],
-            "activations": max(top, deep) + (30 if levers.tight else 45), "loader": loader_mib}
+            "activations": max(top, deep) + samplers + (30 if levers.tight else 45), "loader": loader_mib}
 
 
 def _loader_mib(headers):
@@ -184,13 +194,13 @@ def choose(notches, predicted, allowed, first=0):
         if peak(predicted[index]) * MARGIN <= allowed.free_mib:
             return index
     if first >= len(notches):
-        raise OverBudget("training took more than the %.0f MiB that are free in each of its ways, down to %s. Take a smaller "
-                         "--width or --patch, or close other programs" % (allowed.free_mib, notches[-1].words()))
+        raise OverBudget("training took more than the %.0f MiB that are free in each of its ways, down to %s. Take "
+                         "%s, or close other programs" % (allowed.free_mib, notches[-1].words(), notches[-1].smaller_net()))
     least = min(map(peak, predicted))
     needs = "training needs %.0f MiB at the least (%s)" % (least * MARGIN, notches[-1].words())
     if not allowed.asked:
-        raise OverBudget("%s; this machine has %.0f MiB free. Close other programs, or take a smaller --width or --patch"
-                         % (needs, allowed.free_mib))
+        raise OverBudget("%s; this machine has %.0f MiB free. Close other programs, or take %s"
+                         % (needs, allowed.free_mib, notches[-1].smaller_net()))
     board = (least + 2) * MARGIN + allowed.total_mib - allowed.free_mib  # 2: as two processes differ
     raise OverBudget("%s; --budget %s leaves %.0f MiB. The smallest budget that would do: --budget %dMB" % (
         needs, allowed.asked, allowed.free_mib, math.ceil(board * MIB / 1e6)))

@@ -130,6 +130,12 @@ def _ingest(config, data, pairs, classes):
     raise_all(problems, "some images or masks cannot be used", "Mend or remove the files named; the others are kept.")
     if not stored[0]:
         raise UsageError("--data %s has no training images" % data)
+    small = [entry for entry in stored[0] if settings.task and (settings.task[0] > entry.height or settings.task[1] > entry.width)]
+    if small:
+        raise UsageError("--task-size %s is larger than %d of the training images, such as %s of %dx%d px: samplers spend fewer "
+                         "pixels than an image has. Take a smaller --task-size%s"
+                         % (config.task_size, len(small), small[0].pair.image, small[0].width, small[0].height,
+                            ", or leave these images out" if config.fit == "none" else " or a larger --res, or leave these images out"))
     return stored
 
 
@@ -150,8 +156,8 @@ def _settle(config, candidates, allowed, classes, stored, device):
             return config, problem
         took = "was killed" if measured is None else "takes %.0f MiB at the peak" % measured
         say("one chunk %s, %.0f MiB are free; one notch smaller" % (took, allowed.free_mib))
-    raise OverBudget("one chunk %s; %.0f MiB are free. Close other programs, add memory, or take a smaller --width or --patch"
-                     % (took, allowed.free_mib))
+    raise OverBudget("one chunk %s; %.0f MiB are free. Close other programs, add memory, or take %s"
+                     % (took, allowed.free_mib, notch.smaller_net()))
 
 
 def _describe(problem, start, run):

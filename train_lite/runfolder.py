@@ -10,7 +10,8 @@ from edge.command import written
 from edge.errors import UsageError
 from train_lite import metrics, pictures
 
-COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "peak_mib") + metrics.NAMES + tuple("compat_" + n for n in metrics.NAMES)
+COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "peak_mib") + metrics.NAMES + tuple("compat_" + n for n in metrics.NAMES) + (
+    "boundary_f1",)
 
 
 class RunFolder:

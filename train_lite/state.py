@@ -10,12 +10,11 @@ from jetson import phases
 from train_lite import checkpoint, evaluate
 from train_lite.config import TrainConfig, micro_batch, mode_settings
 from train_lite.dataset import Classes
-from train_lite.deform import EdgeLoss, Sampler, WarpBatch, WarpNet
+from train_lite.deform import EdgeLoss, Sampler, WarpBatch, WarpNet, build_deform
 from train_lite.gradient import Gradient
 from train_lite.half import LossScale
 from train_lite.losses import SegmentationLoss
 from train_lite.models import FEATURES, MODELS, build, norm
-from train_lite.models.deform import DeformNet
 from train_lite.models.recompute import recompute
 from train_lite.optimizer import Optimizer
 from train_lite.patches import Batch, View
@@ -171,7 +170,7 @@ def _build(config, classes, frozen):
     """The net of a config, with the group norms `frozen` replaced."""
     kind = "group" if config.norm == "frozen" else config.norm
     if config.sampler != "none":
-        deform = DeformNet(config.deform_width, kind) if config.sampler in ("deform", "edge") else None
+        deform = build_deform(config)
         net = WarpNet(MODELS[config.model](FEATURES, config.width, kind), classes.outputs, deform)
     else:
         net = build(config.model, config.width, kind, classes.outputs, mode_settings(config).fusion)

@@ -58,10 +58,16 @@ class WarpHost(scores.Host):
         return reference.unwarp_labels(np.asarray(found)[0], positions, height, width)
 
 
-def look(picture, recipe, logits_of, lap, still, pixels):
+def by_density(logits, recipe):
+    """Where samples lie by density logits (h, w): (th, tw, 2)."""
+    return reference.grid(reference.softmax(logits), *(recipe.task + recipe.radius))
+
+
+def look(picture, recipe, logits_of, lap, still, pixels, place):
     """(view, positions): the picture at the size that is sampled, and where its samples lie, (th, tw, 2).
 
-    logits_of(pixels (1, 3, h, w) float32) -> density logits (h, w); None: samples stay where they are."""
+    logits_of(pixels (1, 3, h, w) float32) -> density logits (h, w), or what else place(logits, recipe) makes positions of;
+    None: samples stay where they are."""
     view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
     if logits_of is None:
         lap("prepare")
@@ -73,22 +79,23 @@ def look(picture, recipe, logits_of, lap, still, pixels):
         lap("prepare")
         logits = logits_of(ready)
         lap("run")
-        positions = reference.grid(reference.softmax(logits), *(recipe.task + recipe.radius))
+        positions = place(logits, recipe)
         if still:
             still.keep(small, positions)
     lap("prepare")
     return view, positions
 
 
-def score_bands(picture, recipe, logits_of, score, lap=lambda stage: None, still=None, pixels=None, labels=False):
+def score_bands(picture, recipe, logits_of, score, lap=lambda stage: None, still=None, pixels=None, place=by_density,
+                labels=False):
     """Yield (y0, scores (C, h, W) float32) of the rows of `picture` from the top, all rows, in its own size; with labels the
     class ids (h, W) uint8 in their place, which is much faster.
 
-    logits_of: see look(); score(pixels (1, 3, th, tw) float32) -> (1, C, th, tw) float32; lap(stage) is called when a stage of
+    logits_of, place: see look(); score(pixels (1, 3, th, tw) float32) -> (1, C, th, tw) float32; lap(stage) is called when a stage of
     work ends; still: a Still or None; pixels: where they are held, a WarpHost unless given."""
     pixels = pixels or WarpHost()
     lap = pixels.timed(lap)
-    view, positions = look(picture, recipe, logits_of, lap, still, pixels)
+    view, positions = look(picture, recipe, logits_of, lap, still, pixels, place)
     samples = pixels.sampled(view, positions, recipe)
     lap("sample")
     found = score(samples)

@@ -1,7 +1,7 @@
 """Every way to spend the same few pixels, trained alike: a table of full-resolution scores, mean and spread over seeds.
 
     python scripts/bench/sampler_table.py --work FOLDER [--data DIR] [--res 1024] [--task-sizes 128x128,64x64] [--epochs 60]
-        [--seeds 3] [--samplers uniform,edge,deform,edge-oracle] [--width 8] [--threads 1] [-- further words for train_lite]
+        [--seeds 3] [--samplers uniform,marin,edge,deform,edge-oracle] [--width 8] [--threads 1] [-- further words for train_lite]
 
 Without --data a seeded set is drawn into --work: small discs, squares and triangles, crowded in one or two places of a large empty
 ground. Scores are of the best net on the test images, on validation images where there are none."""
@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--work", required=True)
     parser.add_argument("--data", default="")
     parser.add_argument("--task-sizes", default="128x128,64x64")
-    parser.add_argument("--samplers", default="uniform,edge,deform,edge-oracle")
+    parser.add_argument("--samplers", default="uniform,marin,edge,deform,edge-oracle")
     for name, value in (("res", 1024), ("epochs", 60), ("seeds", 3), ("width", 8), ("threads", 1)):
         parser.add_argument("--" + name, type=int, default=value)
     parser.add_argument("rest", nargs="*")
