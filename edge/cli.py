@@ -97,9 +97,9 @@ def _benchmark(config, source, pipeline):
                           "runs": config.runs, "warm_up": config.warm_up, "ms": table}))
         return 0
     print("%dx%d, %d frames after %d warm-up, ms" % (width, height, config.runs, config.warm_up))
-    print("%-8s %9s %9s %9s" % ("stage", "p50", "p95", "p99"))
+    print("%-8s %9s %9s %9s %9s" % ("stage", "p50", "p95", "p99", "share"))
     for stage, row in table.items():
-        print("%-8s %9.2f %9.2f %9.2f" % (stage, row["p50"], row["p95"], row["p99"]))
+        print("%-8s %9.2f %9.2f %9.2f %7.0f %%" % (stage, row["p50"], row["p95"], row["p99"], 100 * row["p50"] / table["total"]["p50"]))
     return 0
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from edge.command import say
 from edge.errors import BadFile
 
-STAGES = ("read", "prepare", "sample", "run", "blend", "decode", "unwarp", "write")
+STAGES = ("read", "prepare", "look", "sample", "run", "blend", "decode", "unwarp", "write")
 
 
 class Stopwatch:

@@ -137,12 +137,13 @@ def test_benchmark(trained, tmp_path):
     words = ["--engine", trained["model"], "--input", "synthetic://120x96", "--benchmark", "--runs", 5, "--warm-up", 1]
     text = edge_run(*words, cwd=tmp_path).stdout
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:]}
-    assert rows["stage"] == ["p50", "p95", "p99"]
+    assert rows["stage"] == ["p50", "p95", "p99", "share"]
     made = json.loads(edge_run(*(words + ["--json"]), cwd=tmp_path).stdout)
     assert os.listdir(str(tmp_path)) == [] and (made["width"], made["height"], made["runs"]) == (120, 96, 5)
     for stage in ("prepare", "run", "blend", "decode", "total"):
         row = made["ms"][stage]
-        assert len(rows[stage]) == 3 and 0 <= row["p50"] <= row["p95"] <= row["p99"]
+        assert len(rows[stage]) == 5 and rows[stage][4] == "%" and 0 <= row["p50"] <= row["p95"] <= row["p99"]
+    assert rows["total"][3] == "100" and 0 <= int(rows["run"][3]) <= 100
     assert made["ms"]["total"]["p50"] >= made["ms"]["run"]["p50"] > 0
 
 

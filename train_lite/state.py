@@ -81,7 +81,7 @@ class State:
     def __init__(self, problem, frozen=()):
         config = problem.config
         torch.manual_seed(config.seed)
-        self.net = _build(config, problem.classes, frozen).to(problem.device)
+        self.net = build_net(config, problem.classes, frozen).to(problem.device)
         if config.recompute:
             recompute(self.net.encoder)
         self.frozen = list(frozen)   # names of the group norms that have become affines
@@ -166,7 +166,7 @@ def _moments(state, tensors, kind):
     return [] if kind == "sgd" or not by_name else [by_name[name] for name, _ in state.net.named_parameters()]
 
 
-def _build(config, classes, frozen):
+def build_net(config, classes, frozen=()):
     """The net of a config, with the group norms `frozen` replaced."""
     kind = "group" if config.norm == "frozen" else config.norm
     if config.sampler != "none":
@@ -206,7 +206,7 @@ def restore(path):
     try:
         config = TrainConfig(**meta["config"])
         classes = Classes(**dict(meta["classes"], palette=tuple(map(tuple, meta["classes"]["palette"]))))
-        net = _build(config, classes, meta["frozen"])
+        net = build_net(config, classes, meta["frozen"])
     except (KeyError, TypeError, AttributeError) as exc:
         raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
     _load(net, tensors, path)

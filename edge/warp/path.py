@@ -72,17 +72,15 @@ def look(picture, recipe, logits_of, lap, still, pixels, place):
     if logits_of is None:
         lap("prepare")
         return view, reference.own_positions(*recipe.task)
+    lap("prepare")
     small = pixels.pixels_of(pixels.fitted(view, *recipe.density))
     positions = still and still.find(small)
     if positions is None:
         ready = images.normalise(small[None], recipe.mean, recipe.std)
-        lap("prepare")
-        logits = logits_of(ready)
-        lap("run")
-        positions = place(logits, recipe)
+        positions = place(logits_of(ready), recipe)
         if still:
             still.keep(small, positions)
-    lap("prepare")
+    lap("look")
     return view, positions
 
 
