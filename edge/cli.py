@@ -10,7 +10,6 @@ from edge.errors import UsageError
 from edge.pipeline import Segmenter
 from edge.sinks import Sinks
 from edge.sources import open_source
-from edge.warp.path import Still
 
 
 class EdgeConfig(NamedTuple):
@@ -34,7 +33,7 @@ HELPS = {
     "engine": "the model: the file that `python -m export` wrote, its contract beside it",
     "input": "an image, a folder, a glob in quotes, or synthetic://WIDTHxHEIGHT",
     "output": "a folder for masks, overlays and results.jsonl; or FILE.png, FILE.jsonl, or - for JSON lines on stdout",
-    "overlay": "also write the mask painted over the image",
+    "overlay": "also write the mask painted over the image; deform: and where the samples were taken",
     "backend": "who computes the net; auto: by the model file's suffix",
     "resize": "model: frames are brought to the size the net was trained at; none: taken as they are",
     "still": "deform: keep the samples' places while a frame differs by at most this much of 255, on average over the small image; "
@@ -74,8 +73,7 @@ def main(argv):
     trial.demand(config.engine, backend.NAME, made)
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
     source = open_source(config.input, limit)
-    with Segmenter(made, files, backend, config.threads, config.resize,
-                   Still(config.still) if config.still >= 0 else None) as pipeline:
+    with Segmenter(made, files, backend, config.threads, config.resize, config.still) as pipeline:
         if config.benchmark:
             return _benchmark(config, source, pipeline)
         sinks = Sinks(config.output, pipeline.palette, config.overlay)

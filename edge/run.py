@@ -34,6 +34,8 @@ def run(source, pipeline, sinks):
             watch.lap("read")
             bands = pipeline.bands(picture, watch.lap)
             mask, overlay, counts = sinks.write_bands(frame, picture, bands, watch.lap, pipeline.blend)
+            samples = sinks.write_samples(frame, overlay, pipeline.positions)
+            watch.lap("write")
         except BadFile as exc:
             failed.append(str(exc))
             say("error: %s" % exc)
@@ -42,7 +44,7 @@ def run(source, pipeline, sinks):
         done += 1
         sinks.write_line({
             "schema_version": 1, "frame": frame.index, "source": frame.origin, "error": None,
-            "height": picture.height, "width": picture.width, "mask": mask, "overlay": overlay,
+            "height": picture.height, "width": picture.width, "mask": mask, "overlay": overlay, "samples": samples,
             "area": {name: float(n) / counts.sum() for name, n in zip(pipeline.classes, counts)},
             "latency_ms": {stage: round(ms, 3) for stage, ms in watch.ms.items()},
         })

@@ -7,6 +7,8 @@ import numpy as np
 
 from edge import images
 from edge.errors import UsageError
+from edge.warp import pictures, reference
+
 
 class Sinks:
     """The outputs of one run. output: a folder (masks, overlays, results.jsonl), a .png (one mask), a .jsonl, or
@@ -73,6 +75,15 @@ class Sinks:
             raise
         lap("write")
         return mask_path, overlay_path, counts
+
+    def write_samples(self, frame, overlay_path, positions):
+        """Draw where a frame's samples lie, beside its overlay. positions: (th, tw, 2), or None. Returns the path, or None."""
+        if overlay_path is None or positions is None:
+            return None
+        path, small = overlay_path[:-len("overlay.png")] + "samples.png", pictures.shown(frame.open())
+        samples = (reference.sample(images.ArrayPicture(small), positions) + 0.5).astype(np.uint8)
+        images.write_png(path, pictures.whereabouts(small, positions, samples))
+        return path
 
     def write_line(self, result):
         """One JSON object, on a line of its own."""

@@ -18,7 +18,7 @@ from edge import cli, contract, images
 from edge.backends import ort
 from edge.errors import ParityError
 from edge.pipeline import Segmenter
-from edge.warp import reference
+from edge.warp import pictures, reference
 from export import __main__ as export
 from export import parity, to_onnx
 from test_engine import board, build
@@ -181,6 +181,25 @@ def test_more_samples_than_an_image_has_are_refused(size, fit, way_out, tmp_path
     said = capsys.readouterr().err
     assert "--task-size 64x32 is larger than 1 of" in said and "2.png" in said and way_out in said and "Traceback" not in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_overlay_shows_where_the_samples_were_taken(deform, uniform, tmp_path):
+    photo(tmp_path / "a.png", 300, 700)
+    for model, words, kinds in ((deform, (), {"mask", "overlay", "samples"}), (uniform, (), {"mask", "overlay"}),
+                                (deform, ("--no-overlay",), {"mask"})):
+        out = tmp_path / "-".join((model["model"].stem,) + words)
+        assert ran(cli.main, "--engine", model["model"], "--input", tmp_path / "a.png", "--output", out, *words) == 0
+        assert {name.split(".")[1] for name in os.listdir(str(out)) if name.endswith("png")} == kinds
+        line = json.loads((out / "results.jsonl").read_text())
+        assert (line["samples"] or "").endswith("a.samples.png" if "samples" in kinds else "")
+    with Image.open(str(tmp_path / "deform" / "a.samples.png")) as sheet:
+        panels = np.asarray(sheet)[pictures.BAR_PX:]
+    height, width = 219, 512  # a panel's
+    assert panels.shape == (height + pictures.GAP_PX, 3 * (width + pictures.GAP_PX), 3)
+    seen = panels[:height, width + pictures.GAP_PX:][:, :width]
+    assert len(np.unique(seen.reshape(-1, 3), axis=0)) > 50  # samples of the photo, each shown as a block
+    rows = np.flatnonzero((seen[1:] != seen[:-1]).any(axis=(1, 2)))
+    assert 20 < len(rows) <= 31 and np.diff(rows).min() > 4
 
 
 # --- scenes that are still ----------------------------------------------------------------------------------------

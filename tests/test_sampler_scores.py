@@ -13,6 +13,7 @@ from conftest import write_set  # noqa: E402
 from edge import scores  # noqa: E402
 from edge.geometry import nearest_index  # noqa: E402
 from edge.warp import reference  # noqa: E402
+from edge.warp import pictures as warp_pictures  # noqa: E402
 from train_lite import dataset, evaluate, metrics, pictures, run, state, store  # noqa: E402
 from train_lite.config import TrainConfig, mode_settings  # noqa: E402
 from train_lite.dataset import IGNORE  # noqa: E402
@@ -250,7 +251,7 @@ def test_a_sampler_s_picture_has_a_second_row(tmp_path, size):
         pictures.comparison(entry, bands, problem.classes.palette, str(tmp_path / "a.png"), seen)
         with Image.open(str(tmp_path / "a.png")) as image:
             panel = min(512, max(size)) * size[1] // max(size)
-            assert image.mode == "RGB" and image.width == 3 * (panel + pictures.GAP_PX)
+            assert image.mode == "RGB" and image.width == 3 * (panel + warp_pictures.GAP_PX)
             heights.append(image.height)
     assert heights[0] == 2 * heights[1]
 
@@ -262,10 +263,10 @@ def level_set_patches(problem):
 
 def test_density_is_bright_where_samples_are_close():
     picture = np.full((120, 160, 3), 100, np.uint8)
-    even, least, most = pictures.density(picture, reference.own_positions(48, 64))
+    even, least, most = warp_pictures.density(picture, reference.own_positions(48, 64))
     assert abs(least - 1) < 1e-3 > abs(most - 1) and np.ptp(even.reshape(-1, 3), axis=0).max() <= 1
     positions = reference.grid(reference.softmax(spike(5, 16)), 48, 64, 4, 4)  # the node at 8.5/16, 5.5/16
-    heat, least, most = pictures.density(picture, positions)
+    heat, least, most = warp_pictures.density(picture, positions)
     assert least < 0.8 and most > 4
     bright = heat.sum(axis=2, dtype=int)
     at = np.unravel_index(bright.argmax(), bright.shape)
@@ -273,12 +274,12 @@ def test_density_is_bright_where_samples_are_close():
 
 
 def test_the_grid_s_lines_go_through_the_samples():
-    drawn = pictures.grid(np.zeros((240, 240, 3), np.uint8), reference.own_positions(48, 48))
+    drawn = warp_pictures.grid(np.zeros((240, 240, 3), np.uint8), reference.own_positions(48, 48))
     lit = drawn[..., 0] > 60
     across = lit[nearest_index(1, 240)[0] + 3]  # between two lines
     count = int((np.diff(np.concatenate([[0], across.astype(int)])) == 1).sum())
-    assert count == pictures.LINES, count
-    with_few = pictures.grid(np.zeros((40, 240, 3), np.uint8), reference.own_positions(48, 48))[..., 0] > 60
+    assert count == warp_pictures.LINES, count
+    with_few = warp_pictures.grid(np.zeros((40, 240, 3), np.uint8), reference.own_positions(48, 48))[..., 0] > 60
     assert with_few.mean() < 0.5
 
 

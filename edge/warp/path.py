@@ -22,20 +22,21 @@ class WarpRecipe(NamedTuple):
 
 class Still:
     """Places of samples that are used again while the scene is still: while the small image differs from the one that they were
-    made for by at most `threshold` of 255, on average over its values."""
+    made for by at most `threshold` of 255, on average over its values; never again when it is negative. positions: the last
+    places, (th, tw, 2); None before there are any."""
 
     def __init__(self, threshold):
-        self.threshold, self._small, self._positions = threshold, None, None
+        self.threshold, self._small, self.positions = threshold, None, None
 
     def find(self, small):
         """The positions kept, or None when `small` (h, w, 3) uint8 is another scene."""
         if self._small is None or self._small.shape != small.shape:
             return None
         apart = np.abs(self._small.astype(np.int16) - small).mean()
-        return self._positions if apart <= self.threshold else None
+        return self.positions if apart <= self.threshold else None
 
     def keep(self, small, positions):
-        self._small, self._positions = small, positions
+        self._small, self.positions = small, positions
 
 
 class WarpHost(scores.Host):
