@@ -12,13 +12,15 @@ class Segmenter:
 
     contract, files: from contract.load; backend: from backends.choose; threads: 0 for all cores;
     resize: 'model' (frames are brought to the size the net was trained at) or 'none' (taken as they are); still: how much a
-    frame may differ for the samples' places to be used again, see path.Still; negative: never."""
+    frame may differ for the samples' places to be used again, see path.Still; negative: never.
+
+    moves: whether a stage says where the samples lie."""
 
     def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
         self.recipe = contracts.recipe(contract)
         if resize == "none":
             self.recipe = self.recipe._replace(resize="none")
-        self._looks, self._still = contract["pipeline"] == "deform", path.Still(still)
+        self.moves, self._still = contract["pipeline"] == "deform", path.Still(still)
         self.palette = [tuple(entry["colour"]) for entry in contract["classes"]]
         self.classes = [entry["name"] for entry in contract["classes"]]
         self.session = backend.Session(contract, files, threads)
@@ -71,7 +73,7 @@ class Segmenter:
             yield labels
 
     def _warped(self, picture, lap):
-        return picture, self.recipe, self.logits if self._looks else None, self.score_samples, lap, self._still, self.session.pixels
+        return picture, self.recipe, self.logits if self.moves else None, self.score_samples, lap, self._still, self.session.pixels
 
     @property
     def positions(self):

@@ -2,7 +2,7 @@
 classes; where they part, the stage in which it begins is named.
 
 Stages, in the order of the data: prepare (pixels as the net gets them), interpolate (weights that bring the global feature to
-a tile), the net's own stages, stitch (tiles to image), decode (classes)."""
+a tile), the net's own stages, between them sample (where a deformation net says), stitch (tiles to image), decode (classes)."""
 import zlib
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ ENGINE = {"float32": (1e-2, 5e-4), "float16": (2e-1, 5e-3)}
 TASK_DROP = 0.01  # of any class's IoU against the labels, where they are known
 STAGE_CALLS = 4  # inputs on which every stage is compared by itself
 KINDS = {"rows": "interpolate", "cols": "interpolate", "pixels": "prepare", "image": "prepare", "samples": "sample"}
-EXACT = ("prepare", "interpolate", "decode")  # stages that are the same code on both sides: no difference is allowed
+LOGITS = 1e-2  # of the largest, the most that density logits may differ by, however much scores may: they are kept in float32
+EXACT = ("prepare", "interpolate", "sample", "decode")  # stages that are the same code on both sides: no difference is allowed
 
 
 class Frame(NamedTuple):
@@ -95,10 +96,13 @@ class TorchSession:
 
 
 class Tap:
-    """A session that notes what goes in: checksums of all pixels and weights, and each stage's first calls whole."""
+    """A session that notes what goes in: checksums of all pixels and weights, and each stage's first calls whole.
 
-    def __init__(self, session):
+    leader: a Tap whose last density logits are taken for this one's: their last bits move samples, and with them scores."""
+
+    def __init__(self, session, leader=None):
         self._session, self.calls, self.sums = session, {}, {"prepare": [], "interpolate": [], "sample": []}
+        self._leader, self.logits = leader, None
         self.pixels, self.hold, self.close = session.pixels, session.hold, session.close
 
     def run(self, stage, inputs, keep=False):
@@ -107,7 +111,11 @@ class Tap:
                 self.sums[KINDS[name]].append(zlib.crc32(np.ascontiguousarray(inputs[name]).tobytes()))
         noted = len(self.calls.setdefault(stage, [])) < STAGE_CALLS
         given = {name: np.array(value) for name, value in inputs.items()} if noted else None
+        if stage == "deform" and self._leader:
+            return {"logits": self._leader.logits}
         outputs = self._session.run(stage, inputs, keep)
+        if stage == "deform":
+            self.logits = np.array(outputs["logits"])
         if noted:
             self.calls[stage].append((given, {name: np.array(value) for name, value in outputs.items()}))
         return outputs
@@ -117,43 +125,58 @@ def compare(reference, other, frames):
     """reference, other: Segmenters, each with its own way to prepare pixels; frames: list of Frame. Returns the
     contract's 'parity' without tolerance: largest difference of a score, the largest score, share of pixels whose class
     changed, per class the overlap (IoU) of where the two see it, and `stages`: by how much each is off, as a share; with
-    labels `task_iou`, the IoU per class against them, of the reference and of the other."""
-    session, pixels = other.session, other.session.pixels
-    mine, theirs = Tap(reference.session), Tap(session)
-    worst, largest, undecoded = 0.0, 0.0, 0
-    classes = len(reference.classes)
+    labels `task_iou`, the IoU per class against them, of the reference and of the other.
+
+    Classes are each side's own from end to end. Scores of a net whose samples move are compared with the samples where the
+    reference has them."""
+    pixels, classes = other.session.pixels, len(reference.classes)
+    taps = Tap(reference.session), Tap(other.session)
+    alike = taps
+    if reference.moves:
+        leader = Tap(reference.session)
+        alike = leader, Tap(other.session, leader)
+    apart, undecoded = [], 0  # (largest difference, largest score) of every band
     between = np.zeros((classes, classes), np.int64)  # counts of (class by reference, class by other)
     judged = []  # (counts of (true class, class by reference), the same by other) of the frames whose labels are known
-    reference.session, other.session = mine, theirs
-    try:
-        for frame in frames:
-            judged.append((np.zeros_like(between), np.zeros_like(between)))
-            for (y0, a), (_y0, band) in zip(reference.score_bands(frame.picture), other.score_bands(frame.picture)):
-                b = pixels.scores(band)
-                worst = max(worst, _difference(a, b))
-                largest = max(largest, float(np.abs(a).max()))
-                ours, others = scores.labels_of(a), pixels.labels(band)
-                undecoded += int((others != scores.labels_of(b)).sum())
-                between += confusion(ours, others, classes)
-                if frame.truth is not None:
-                    for matrix, labels in zip(judged[-1], (ours, others)):
-                        matrix += confusion(frame.truth[y0:y0 + len(labels)], labels, classes)
-    finally:
-        reference.session, other.session = mine._session, session
-    total = int(between.sum())
-    if "deform" not in mine.calls:  # with one, the samples lie where its logits say, which differ by their last bits
-        mine.sums["prepare"] += mine.sums["sample"]
-        theirs.sums["prepare"] += theirs.sums["sample"]
-    stages = {kind: _share_changed(mine.sums[kind], theirs.sums[kind]) for kind in ("prepare", "interpolate")}
-    stages.update(_of_stages(mine.calls, session))
-    stages["stitch"] = worst / (largest or 1.0)
+    for frame in frames:
+        judged.append((np.zeros_like(between), np.zeros_like(between)))
+        for y0, a, band in _bands(reference, other, taps, frame.picture):
+            b = pixels.scores(band)
+            if alike is taps:
+                apart.append((_difference(a, b), float(np.abs(a).max())))
+            ours, others = scores.labels_of(a), pixels.labels(band)
+            undecoded += int((others != scores.labels_of(b)).sum())
+            between += confusion(ours, others, classes)
+            if frame.truth is not None:
+                for matrix, labels in zip(judged[-1], (ours, others)):
+                    matrix += confusion(frame.truth[y0:y0 + len(labels)], labels, classes)
+        if alike is not taps:
+            apart += [(_difference(a, pixels.scores(band)), float(np.abs(a).max()))
+                      for _y0, a, band in _bands(reference, other, alike, frame.picture)]
+    total, (worst, largest) = int(between.sum()), [max(values) for values in zip(*apart)]
+    own = _of_stages(taps[0].calls, other.session)
+    stages = {kind: _share_changed(*[tap.sums[kind] for tap in taps]) for kind in ("prepare", "interpolate")}
+    stages.update({stage: own.pop(stage) for stage in ("deform",) if stage in own})
+    stages["sample"] = _share_changed(*[tap.sums["sample"] for tap in alike])
+    stages.update(own, stitch=worst / (largest or 1.0))
     named = (reference.classes, reference.palette) == (other.classes, other.palette)
     stages["decode"] = float(undecoded) / total if named else 1.0
     report = {"max_abs_error": worst, "largest_score": largest, "changed_share": 1.0 - between.trace() / float(total),
               "stages": stages, "class_iou": per_class_iou(between), "frames": [frame.name for frame in frames]}
     if any(frame.truth is not None for frame in frames):
         report["task_iou"] = [per_class_iou(sum(matrices)) for matrices in zip(*judged)]
-    return report, mine.calls
+    return report, taps[0].calls
+
+
+def _bands(reference, other, taps, picture):
+    """(y0, scores of the reference, band of the other) of a picture, with the Taps in the place of their sessions."""
+    sessions = reference.session, other.session
+    reference.session, other.session = taps
+    try:
+        for (y0, a), (_y0, band) in zip(reference.score_bands(picture), other.score_bands(picture)):
+            yield y0, a, band
+    finally:
+        reference.session, other.session = sessions
 
 
 def per_class_iou(matrix):
@@ -194,9 +217,14 @@ def allowance(report, tolerance):
 
 def passes(report, tolerance, share):
     """Whether a report is within what is allowed; see demand()."""
-    exact = not any(report["stages"][stage] for stage in EXACT)
-    return (report["max_abs_error"] <= allowance(report, tolerance) and report["changed_share"] <= share and exact
+    sound = all(report["stages"].get(stage, 0.0) <= limit for stage, limit in limits(tolerance).items())
+    return (report["max_abs_error"] <= allowance(report, tolerance) and report["changed_share"] <= share and sound
             and task_drop(report) <= TASK_DROP)
+
+
+def limits(tolerance):
+    """{stage: the share by which it may be off} of the stages that have a limit of their own."""
+    return dict(dict.fromkeys(EXACT, 0.0), deform=min(tolerance, LOGITS))
 
 
 def task_drop(report):
@@ -212,8 +240,8 @@ def demand(report, tolerance, out, what="the exported files differ from the trai
     allowed, stages = allowance(report, tolerance), report["stages"]
     if passes(report, tolerance, share):
         return allowed
-    limit = allowed / (report["largest_score"] or 1.0)
-    begins = next((stage for stage, off in stages.items() if off > (0.0 if stage in EXACT else limit)), "stitch")
+    own, limit = limits(tolerance), allowed / (report["largest_score"] or 1.0)
+    begins = next((stage for stage, off in stages.items() if off > own.get(stage, limit)), "stitch")
     raise ParityError("%s: scores by %.3g (allowed %.3g), class of %.4f %% of the pixels%s%s, on %s. It begins in stage %s (off by "
                       "%.2g of its largest value). %s is not written. %s" % (
                           what, report["max_abs_error"], allowed, 100 * report["changed_share"],
