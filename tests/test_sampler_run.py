@@ -23,7 +23,7 @@ from export import __main__ as export
 from export import parity, to_onnx
 from test_engine import board, build
 from test_resume import KILLED_WHILE_SAVING, start, table
-from train_lite import checkpoint, demo, evaluate, run, state
+from train_lite import checkpoint, evaluate, run, state
 from train_lite.config import TrainConfig, mode_settings
 from train_lite.dataset import Classes
 from train_lite.deform import Sampler, WarpNet
@@ -522,7 +522,9 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
         folder = tmp_path / str(res)
         for kind in ("images", "masks"):
             (folder / kind).mkdir(parents=True)
-        demo.draw(str(folder / "images" / "0.png"), str(folder / "masks" / "0.png"), res, (0, 0))
+        blocks = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)  # quick to draw, write and read
+        for kind, array in (("images", blocks), ("masks", blocks[..., 0] % 2 * 255)):
+            Image.fromarray(array).resize((res, res), Image.NEAREST).save(str(folder / kind / "0.png"), compress_level=1)
         found = []
         for _ in range(4):
             for edges in (folder / "cache").glob("*.edges"):
