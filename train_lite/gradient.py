@@ -120,7 +120,9 @@ class Gradient:
             (self.loss.surrogate(sums.sum(dim=0), total) * (self.loss_scale.value * self._scale / pixels)).backward()
         if leaf is not None:  # g trains the encoder: once, with all that the patches asked of it
             for which in self._chunks(list(range(len(batch.views)))):
-                self._encode_overviews(batch, seed, which).backward(leaf.grad[which[0]:which[-1] + 1])
+                asked = leaf.grad[which[0]:which[-1] + 1]
+                # the same bits as .backward(asked), for which torch 2 would load its symbolic shapes and sympy
+                (self._encode_overviews(batch, seed, which) * asked).sum().backward()
         set_updating(self.net, True)
         self.pending += 1
         return float(self.loss.value(table.total()))
