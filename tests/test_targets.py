@@ -288,7 +288,7 @@ def test_our_own_nets_pass_everywhere(tmp_path, name, norm):
                 continue  # a head has no norm, and an encoder does not know the fusion: once is enough
             path = str(tmp_path / ("%s-%s.onnx" % (fusion, part)))
             to_onnx.write_stage(path, module, inputs, output)
-            for board in TARGETS:
+            for board in TARGETS if fusion == "concat" else ["nano"]:  # most of the nodes are the same
                 assert findings(path, board) == []
             demand(path, "nano")
 
