@@ -111,6 +111,8 @@ class FakeChild:
             self.caps = CAPS % (HEIGHT, WIDTH)
         elif kind == "wrong size":
             self.bytes = child.PREFIX + b"%d" % (len(data) * 4) + child.BLANK + data * 4 + child.TRAILER
+        elif kind in ("end", "killed"):
+            self.bytes, self.end = b"", (0, "") if kind == "end" else (-9, "WARNING: x")
         elif kind == "decoder exit":
             self.bytes, self.end = b"", rng.choice([(0, ""), (-9, ""), (-11, ""), (1, "ERROR: from element x: gone."), (255, "")])
 
@@ -332,22 +334,21 @@ def test_limit():
 # --- files ------------------------------------------------------------------------------------------------------------
 
 class Film(World):
-    """A file of 40 frames, which every new process begins anew."""
+    """A file of 40 frames, which every new process begins anew; `times` times the frame after the 12th is spoilt."""
 
-    def __init__(self, bad_at, error, times=10 ** 9):
+    def __init__(self, error, times=10 ** 9):
         super().__init__()
-        self.bad_at, self.error, self.times = bad_at, error, times
+        self.error, self.times = error, times
 
     def start(self):
-        self.children += 1
-        self.number = 0
+        self.children, self.number, self.fault = self.children + 1, 0, None
         return FakeChild(self)
 
     def pixels(self):
         rows = super().pixels()
-        if self.number == self.bad_at and self.times:
+        if self.number == 12 and self.times:
             self.times, self.fault = self.times - 1, self.error
-        elif self.number == 41:
+        elif self.number == 40:
             self.fault = "end"
         return rows
 
@@ -357,23 +358,14 @@ def film(world):
 
 
 @pytest.mark.parametrize("error", ["no frame", "killed", "torn frame"])
-def test_a_file_goes_on_where_it_was(error, monkeypatch, tmp_path):
-    make = FakeChild._make
-
-    def _make(self):
-        make(self)
-        if self.world.fault == "end" or self.world.fault == "killed":
-            self.bytes, self.whole, self.end = b"", False, (0 if self.world.fault == "end" else -9, "WARNING: x")
-        self.world.fault = None
-    monkeypatch.setattr(FakeChild, "_make", _make)
+def test_a_file_goes_on_where_it_was(error, monkeypatch):
     monkeypatch.setattr(video, "missing_bytes", lambda path: 0)
-    world = Film(13, error, times=2)
+    world = Film(error, times=2)
     source = film(world)
-    numbers = [number_in(frame) for frame in source]
-    assert numbers == list(range(1, 41)) and world.children == 3
+    assert [number_in(frame) for frame in source] == list(range(1, 41)) and world.children == 3
     assert source.health() == {"received": 40, "processed": 40, "dropped": 0, "restarts": 2, "time_jumps": 0,
                                "last_fault": "decoder exit" if error == "killed" else error}
-    source = film(Film(13, error))
+    source = film(Film(error))
     with pytest.raises(BadFile, match="beyond frame 12"):
         list(source)
 

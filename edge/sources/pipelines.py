@@ -11,7 +11,7 @@ from edge.errors import MissingPart, UsageError
 from edge.sources.uri import FLIPS
 
 CSI_SIZE, CSI_RATE = (1280, 720), 30.0
-SOFTWARE_FLIPS = {"horizontal": "horizontal-flip", "vertical": "vertical-flip"}  # videoflip's names for FLIPS
+DIRECTIONS = ("identity", "90l", "180", "90r", "horiz", "ur-ll", "vert", "ul-lr")  # videoflip's names, in the order of FLIPS
 NVIDIA = "nvidia-l4t-gstreamer"  # a part of JetPack
 PACKAGES = {  # the Debian package of an element; of others by the start of their names, below
     "gst-launch-1.0": "gstreamer1.0-tools", "decodebin": "gstreamer1.0-plugins-base", "vp8dec": "gstreamer1.0-plugins-good",
@@ -136,7 +136,8 @@ def _to_pixels(options, hardware, size, rate):
     if hardware:
         parts = [["nvvidconv", "flip-method=%d" % FLIPS.index(options.flip)]]
     else:
-        turn = [] if options.flip == "none" else [["videoflip", "method=" + SOFTWARE_FLIPS.get(options.flip, options.flip)]]
+        # not its older property, method, which GStreamer 1.22 takes and ignores
+        turn = [] if options.flip == "none" else [["videoflip", "video-direction=" + DIRECTIONS[FLIPS.index(options.flip)]]]
         parts = turn + ([["videoscale"]] if size else []) + [["videoconvert"]]
     if rate:
         parts += [["videorate", "drop-only=true"]]
@@ -145,7 +146,10 @@ def _to_pixels(options, hardware, size, rate):
 
 
 def _rate(rate):
-    fraction = fractions.Fraction(rate).limit_denominator(1001)  # 29.97 is 30000/1001
+    whole = round(rate * 1.001)
+    if rate != int(rate) and abs(rate - whole / 1.001) < 0.005:
+        return "%d/1001" % (whole * 1000)  # 29.97 and its like
+    fraction = fractions.Fraction(rate).limit_denominator(1000)
     return "%d/%d" % (fraction.numerator, fraction.denominator)
 
 
