@@ -3,6 +3,7 @@
 EdgeError             1  our bug, when raised bare
   UsageError          2  a flag or a combination of flags is wrong
     MissingPart       2  an optional package is not installed
+      MissingElement  2    an element of GStreamer is not
   OverBudget          3  does not fit the memory
   ParityError         4  an exported model gives other answers than the trained one
   BadFile             5  a file is damaged, hostile, missing or cannot be written
@@ -32,6 +33,11 @@ class UsageError(EdgeError):
 class MissingPart(UsageError):
     def __init__(self, name, install):
         super().__init__("this needs the package %r, which is not installed. Type: %s" % (name, install))
+
+
+class MissingElement(MissingPart):
+    def __init__(self, name, install):
+        UsageError.__init__(self, "this needs GStreamer's %s, which is not installed. %s" % (name, install))
 
 
 class OverBudget(EdgeError):

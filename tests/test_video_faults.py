@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from edge.errors import (BadFile, BlackFrames, DecoderExit, FrozenFrames, MissingPart, NoCamera, NoFrame, ShortFrame, SourceLost,
+from edge.errors import (BadFile, BlackFrames, DecoderExit, FrozenFrames, MissingElement, NoCamera, NoFrame, ShortFrame, SourceLost,
                          TornFrame, UsageError, WrongSize)
 from edge.sources import child, faults, uri, video
 
@@ -395,12 +395,12 @@ ERROR = "ERROR: from element /GstPipeline:pipeline0/Gst%s:x0: %s\nAdditional deb
     ("rtsp", ERROR % ("RTSPSrc", "Unauthorized", "rtsp://bob:hun%40ter2@10.0.0.9/x (401)"), UsageError, "password"),
     ("rtsp", ERROR % ("RTSPSrc", "cannot play rtsp://bob:hun@ter2@10.0.0.9/x?token=t0ken hun@ter2", ""), DecoderExit, "cannot play"),
     ("gst", ERROR % ("RTSPSrc", "no rtsp://bob:hunter3@h/x with pw1", ""), DecoderExit, "no rtsp"),
-    ("gst", 'WARNING: erroneous pipeline: no element "nosuch"', MissingPart, "apt install"),
-    ("gst", 'WARNING: erroneous pipeline: no element "h264parse"', MissingPart, "gstreamer1.0-plugins-bad"),
-    ("gst", 'WARNING: erroneous pipeline: no element "avdec_h264"', MissingPart, "gstreamer1.0-libav"),
+    ("gst", 'WARNING: erroneous pipeline: no element "nosuch"', MissingElement, "apt install"),
+    ("gst", 'WARNING: erroneous pipeline: no element "h264parse"', MissingElement, "gstreamer1.0-plugins-bad"),
+    ("gst", 'WARNING: erroneous pipeline: no element "avdec_h264"', MissingElement, "gstreamer1.0-libav"),
     ("gst", "WARNING: erroneous pipeline: syntax error", UsageError, "syntax error"),
     ("file", ERROR % ("DecodeBin", "Your GStreamer installation is missing a plug-in.",
-                      "no suitable plugins found:\nMissing decoder: H.265 (Main Profile) (video/x-h265)"), MissingPart, "H.265"),
+                      "no suitable plugins found:\nMissing decoder: H.265 (Main Profile) (video/x-h265)"), MissingElement, "H.265"),
     ("file", ERROR % ("TypeFind", "Could not determine type of stream.", ""), BadFile, "damaged"),
     ("file", ERROR % ("QTDemux", "This file is corrupt and cannot be played.", ""), BadFile, "corrupt"),
 ])
@@ -412,7 +412,7 @@ def test_one_clear_sentence(kind, text, error, hint):
     assert hint in str(known) and "\n" not in str(known)
     for secret in ("bob", "hun", "hunter3", "t0ken", "pw1"):
         assert secret not in str(known)
-    assert known.exit_code == {BadFile: 5, UsageError: 2, MissingPart: 2}.get(error, 6)
+    assert known.exit_code == {BadFile: 5, UsageError: 2, MissingElement: 2}.get(error, 6)
 
 
 def test_a_killed_decoder_is_no_damaged_file():

@@ -86,7 +86,7 @@ def test_list_sources(capsys):
     ("--input {here}/empty.mp4", 5, "0 bytes"), ("--input {here}/noise.mp4", 5, "noise.mp4"), ("--input {here}/absent.mp4", 5, "absent"),
     ("--input /dev/video77 --patience 0.3", 6, "--list-sources"), ("--input csi://0", 2, "nvarguscamerasrc"),
     ("--input rtsp://bob:hunter2@127.0.0.1:9/x --patience 0.3", 6, "***@127.0.0.1:9"),
-    ("--input gst://nosuch", 2, "nosuch"), ("--input synthetic://9x9 --input-width 5", 2, "--input-height"),
+    ("--inptu rtsp://bob:hunter2@h/x", 2, "--input"), ("--input gst://nosuch", 2, "nosuch"), ("--input synthetic://9x9 --input-width 5", 2, "--input-height"),
     ("--input synthetic://9x9 --input-flip up", 2, "--input-flip"), ("--input csi://a", 2, "csi://0"),
     ("--input synthetic://9x9 --patience -1", 2, "--patience"), ("--input synthetic://9x9 --input-codec h263", 2, "--input-codec")])
 def test_exit_codes(words, code, hint, run, tmp_path):

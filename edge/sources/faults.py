@@ -4,9 +4,10 @@ import zlib
 
 import numpy as np
 
-from edge.errors import BadFile, BlackFrames, BusyCamera, DecoderExit, FrozenFrames, MissingPart, NoCamera, UsageError
+from edge.command import without_secrets
+from edge.errors import BadFile, BlackFrames, BusyCamera, DecoderExit, FrozenFrames, MissingElement, NoCamera, UsageError
 from edge.sources import pipelines
-from edge.sources.uri import secrets_of, without_secrets
+from edge.sources.uri import secrets_of
 
 RESTART_ARGUS = "sudo systemctl restart nvargus-daemon"
 SAMPLE_BYTES = 4096  # a look at so many tells nearly all frames that are not black
@@ -15,7 +16,7 @@ BLACK_AT_MOST = 16  # of 255: black of a camera is not quite 0
 
 def explain(error, place):
     """A DecoderExit of the child of `place`, as the error it means: a SourceLost that may pass by itself, or a UsageError,
-    MissingPart or BadFile that will not."""
+    MissingElement or BadFile that will not."""
     text, shown = getattr(error, "text", ""), place.shown
     said = _said(text, place)
 
@@ -29,9 +30,9 @@ def explain(error, place):
         return UsageError("--input %s: GStreamer does not understand the pipeline: %s" % (shown, said))
     if has("missing a plug-?in", "no suitable plugins found", "missing decoder"):
         what = re.search(r"Missing (?:decoder|element): ([^\n(]+)", text)
-        return MissingPart("a GStreamer decoder of %s" % (what.group(1).strip() if what else shown),
-                           "sudo apt install gstreamer1.0-libav gstreamer1.0-plugins-bad. When they are, the codec of %s is "
-                           "not supported" % shown)
+        return MissingElement("decoder of %s" % (what.group(1).strip() if what else "this codec"),
+                              "Type: sudo apt install gstreamer1.0-libav gstreamer1.0-plugins-bad. Where they are installed, the "
+                              "codec of %s is not supported: convert it to H.264" % shown)
     if has("permission denied"):
         return UsageError("no permission to use %s. Type: sudo usermod -aG video $USER, and log in again" % shown)
     if place.kind == "file":
@@ -57,7 +58,7 @@ def explain(error, place):
 
 def _said(text, place):
     """GStreamer's first complaint in one line, without secrets."""
-    found = re.search(r"(?:ERROR: from element \S+?:|ERROR:|WARNING: erroneous pipeline:|\(Argus\))\s*([^\n]+)", text)
+    found = re.search(r"(?:ERROR: from element \S+:|ERROR:|WARNING: erroneous pipeline:|\(Argus\))\s*([^\n]+)", text)
     line = found.group(1).strip().rstrip(".") if found else ""
     more = re.search(r"\n\(?(Argus|Error generated)[^\n]*", text)
     line += " (%s)" % more.group(0).strip() if more and more.group(0).strip() not in line else ""

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 
-from edge.errors import MissingPart, UsageError
+from edge.errors import MissingElement, UsageError
 from edge.sources.uri import FLIPS
 
 CSI_SIZE, CSI_RATE = (1280, 720), 30.0
@@ -48,16 +48,16 @@ def available(timeout_s=120):
 
 
 def missing(element):
-    """The MissingPart error of an element, with the package that has it."""
+    """The MissingElement error of an element, with the package that has it."""
     package = PACKAGES.get(element) or next((p for start, p in PACKAGES_BY_START if element.startswith(start)),
                                             "gstreamer1.0-plugins-good")
-    return MissingPart(element, "on a Jetson: sudo apt install %s" % package if package == NVIDIA
-                       else "sudo apt install %s" % package)
+    where = "Only a Jetson has it; there type" if package == NVIDIA else "Type"
+    return MissingElement(element, "%s: sudo apt install %s" % (where, package))
 
 
 def build(place, options, elements):
     """The pipeline of a uri.Place with uri.Options up to raw video: a list of words for gst-launch-1.0.
-    elements: the set from available(). Raises MissingPart for an element that is not in it, UsageError for options that do
+    elements: the set from available(). Raises MissingElement for an element that is not in it, UsageError for options that do
     not go together."""
     parts, hardware = {"csi": _csi, "v4l2": _v4l2, "rtsp": _rtsp, "file": _file, "gst": _gst}[place.kind](place, options, elements)
     scaled = options.width_px if place.kind in ("rtsp", "file", "gst") else 0  # a camera was asked for its size already

@@ -4,6 +4,7 @@ import re
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from edge.command import SECRET, without_secrets
 from edge.errors import UsageError
 
 VIDEO = ("csi", "v4l2", "rtsp", "gst", "file")  # those that go through GStreamer; the rest: "synthetic", "stills"
@@ -15,7 +16,6 @@ FLIPS = ("none", "counterclockwise", "rotate-180", "clockwise", "horizontal", "u
          "upper-left-diagonal")
 CODECS = ("", "raw", "h264", "h265", "vp8", "vp9", "mpeg2", "mpeg4", "mjpeg")
 POLICIES = ("auto", "newest", "every")
-SECRET = r"(?i)([\w-]*(?:pass(?!through)|pwd|(?<![a-z])pw|token|secret|apikey|api_key)\w*\s*=\s*)(\"[^\"]*\"|[^&;\s/]+)"
 
 
 class Options(NamedTuple):
@@ -41,11 +41,6 @@ class Place(NamedTuple):
     def live(self):
         """A camera: it has no end, and waits for nobody."""
         return self.kind in ("csi", "v4l2", "rtsp")
-
-
-def without_secrets(text):
-    """A network URI or pipeline as it may be shown: no user, no password, no token."""
-    return re.sub(SECRET, r"\1***", re.sub(r"://\S*@", "://***@", text))
 
 
 def secrets_of(text):
