@@ -1,15 +1,17 @@
 """Run an exported model on images: masks, overlays and results out."""
+import contextlib
 import json
 import os
+import signal
 import sys
 from typing import NamedTuple
 
-from edge import backends, contract, run, trial
+from edge import backends, contract, loop, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import UsageError
 from edge.pipeline import Segmenter
 from edge.sinks import Sinks
-from edge.sources import open_source
+from edge.sources import open_source, uri
 
 
 class EdgeConfig(NamedTuple):
@@ -20,6 +22,18 @@ class EdgeConfig(NamedTuple):
     backend: str = "auto"
     resize: str = "model"
     still: float = -1.0
+    input_width: int = 0
+    input_height: int = 0
+    input_rate: float = 0.0
+    input_flip: str = "none"
+    input_codec: str = ""
+    input_rtsp_latency: int = 200
+    policy: str = "auto"
+    frame_timeout: float = 0.0
+    frozen_after: float = 0.0
+    black_after: float = 0.0
+    patience: float = 30.0
+    list_sources: bool = False
     frames: int = 0
     threads: int = 0
     benchmark: bool = False
@@ -31,13 +45,27 @@ class EdgeConfig(NamedTuple):
 
 HELPS = {
     "engine": "the model: the file that `python -m export` wrote, its contract beside it",
-    "input": "an image, a folder, a glob in quotes, or synthetic://WIDTHxHEIGHT",
+    "input": "an image, a folder, a glob in quotes, a sequence (img_%%04d.png), a video, csi://N, /dev/videoN, rtsp://HOST/PATH, "
+             "'gst://PIPELINE' up to raw video, or synthetic://WIDTHxHEIGHT",
     "output": "a folder for masks, overlays and results.jsonl; or FILE.png, FILE.jsonl, or - for JSON lines on stdout",
     "overlay": "also write the mask painted over the image; deform: and where the samples were taken",
     "backend": "who computes the net; auto: by the model file's suffix",
     "resize": "model: frames are brought to the size the net was trained at; none: taken as they are",
     "still": "deform: keep the samples' places while a frame differs by at most this much of 255, on average over the small image; "
              "0: while it is exactly the same; -1: never",
+    "input_width": "px that a camera is asked for, or to which video is scaled; 0: as it comes, 1280 of csi://",
+    "input_height": "px, as --input-width; 0: as it comes, 720 of csi://",
+    "input_rate": "frames per second that a camera is asked for, or at most of other video; 0: as it comes, 30 of csi://",
+    "input_flip": "turn the picture; every source comes as its sensor gives it otherwise, csi:// too",
+    "input_codec": "what a camera or stream is compressed with; left out: found out",
+    "input_rtsp_latency": "ms of an rtsp:// stream that are held back for packets that come late",
+    "policy": "newest: a frame that waits gives way to a newer one; every: no frame is dropped; auto: newest of cameras, every of "
+              "the rest",
+    "frame_timeout": "s without a frame after which GStreamer is started again; 0: 1.5 of cameras, 10 of files",
+    "frozen_after": "s of the very same picture after which it is started again; 0: never",
+    "black_after": "s of nothing but black after which it is started again; 0: never (a dark room is black too)",
+    "patience": "s without a good frame after which a camera counts as lost (exit code 6)",
+    "list_sources": "show the cameras of this machine and stop",
     "frames": "stop after this many frames; 0: all of them, 10 of a synthetic source",
     "threads": "CPU threads; 0: all cores",
     "benchmark": "time the path from decoded frame to mask, per stage, and write nothing",
@@ -46,7 +74,8 @@ HELPS = {
     "json": "print one JSON object on stdout at the end",
     "debug": "show the traceback of an error",
 }
-CHOICES = {"backend": ["auto"] + sorted(backends.NAMES), "resize": ["model", "none"]}
+CHOICES = {"backend": ["auto"] + sorted(backends.NAMES), "resize": ["model", "none"], "policy": list(uri.POLICIES),
+           "input_flip": list(uri.FLIPS), "input_codec": list(uri.CODECS)}
 
 
 def check(config):
@@ -60,36 +89,66 @@ def check(config):
         raise UsageError("--json and --output - both write to stdout; give one of them")
 
 
+def source_options(config):
+    """uri.Options of an EdgeConfig."""
+    return uri.Options(config.input_width, config.input_height, config.input_rate, config.input_flip, config.input_rtsp_latency,
+                       config.input_codec, config.policy, config.frame_timeout, config.frozen_after, config.black_after,
+                       config.patience)
+
+
+@contextlib.contextmanager
+def ends_cleanly():
+    """SIGTERM leaves as an exception with code 143, so that cameras are let go and files closed."""
+    def leave(_number, _frame):
+        sys.exit(143)
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @guarded
 def main(argv):
     config = parse(EdgeConfig, argv, "edge-run", __doc__, HELPS, CHOICES)
+    if config.list_sources:
+        return _list_sources(config)
     check(config)
+    uri.check(source_options(config))
     made, files = contract.load(config.engine)
-    if config.still >= 0 and made["pipeline"] != "deform":
-        raise UsageError("--still %s: %s is of the pipeline %s, which does not move samples; expected one of deform. Leave --still out"
-                         % (config.still, config.engine, made["pipeline"]))
     backend = backends.choose(config.backend, config.engine)
     banner("edge-run", backend.DEVICE, backend.describe())
     trial.demand(config.engine, backend.NAME, made)
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
-    source = open_source(config.input, limit)
-    with Segmenter(made, files, backend, config.threads, config.resize, config.still) as pipeline:
+    with ends_cleanly(), contextlib.closing(open_source(config.input, limit, source_options(config))) as source, \
+            Segmenter(made, files, backend, config.threads, config.resize, config.still) as pipeline:
         if config.benchmark:
             return _benchmark(config, source, pipeline)
-        sinks = Sinks(config.output, pipeline.palette, config.overlay)
-        try:
-            done, failed = run.run(source, pipeline, sinks)
-        finally:
-            sinks.close()
-    say("%d frame%s done, %d failed%s" % (done, "" if done == 1 else "s", len(failed),
-                                          "" if config.output == "-" else ", results in %s" % config.output))
+        with contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay)) as sinks:
+            done, failed, health = loop.run(source, pipeline, sinks)
+    if health:
+        health = source.health()  # what was dropped at the end counts too
+    say("%d frame%s done, %d failed%s%s" % (
+        done, "" if done == 1 else "s", len(failed), ", %(dropped)d dropped, %(restarts)d restarts" % health if health else "",
+        "" if config.output == "-" else ", results in %s" % config.output))
     if config.json:
-        print(json.dumps({"frames": done, "failed": failed, "output": config.output}))
+        print(json.dumps(dict({"frames": done, "failed": failed, "output": config.output}, **{"health": health} if health else {})))
     return 5 if failed else 0
 
 
+def _list_sources(config):
+    from edge.sources import cameras
+    found = cameras.list_cameras()
+    print(json.dumps({"cameras": found}) if config.json else cameras.as_text(found))
+    return 0
+
+
 def _benchmark(config, source, pipeline):
-    table, (height, width) = run.benchmark(source, pipeline, config.warm_up, config.runs)
+    table, (height, width) = loop.benchmark(source, pipeline, config.warm_up, config.runs)
     if config.json:
         print(json.dumps({"engine": os.path.basename(config.engine), "height": height, "width": width,
                           "runs": config.runs, "warm_up": config.warm_up, "ms": table}))

@@ -5,11 +5,14 @@ import difflib
 import errno
 import json
 import os
+import re
 import sys
 import traceback
 
 from edge import __version__
 from edge.errors import BadFile, EdgeError, OverBudget, UsageError
+
+SECRET = r"(?i)([\w-]*(?:pass(?!through)|pwd|(?<![a-z])pw|token|secret|apikey|api_key)\w*\s*=\s*)(\"[^\"]*\"|[^&;\s/]+)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -17,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
         words = [w for w in message.replace(":", " ").split() if w.startswith("--")]
         near = [m for w in words for m in difflib.get_close_matches(w, self._option_string_actions, 1)]
         hint = " Did you mean %s?" % near[0] if near and "unrecognized" in message else ""
-        raise UsageError("%s.%s Type: %s --help" % (message, hint, self.prog))
+        raise UsageError("%s.%s Type: %s --help" % (without_secrets(message), hint, self.prog))
 
 
 def _yes_no(parser, flag, default, text):
@@ -117,6 +120,11 @@ def sync_folder(folder):
 def cache_home():
     """The folder for what can be made again: caches of images, engines, and files known to load."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "nanopatch")
+
+
+def without_secrets(text):
+    """Text with URIs or a pipeline as it may be shown: no user, no password, no token."""
+    return re.sub(SECRET, r"\1***", re.sub(r"://\S*@", "://***@", text))
 
 
 def say(text):

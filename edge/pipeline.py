@@ -3,7 +3,7 @@ import numpy as np
 
 from edge import contract as contracts
 from edge import scores
-from edge.errors import BadFile
+from edge.errors import BadFile, UsageError
 from edge.warp import path
 
 
@@ -21,6 +21,9 @@ class Segmenter:
         if resize == "none":
             self.recipe = self.recipe._replace(resize="none")
         self.moves, self._still = contract["pipeline"] == "deform", path.Still(still)
+        if still >= 0 and not self.moves:
+            raise UsageError("--still %g: the model is of the pipeline %s, which does not move samples; expected one of deform. Leave "
+                             "--still out" % (still, contract["pipeline"]))
         self.palette = [tuple(entry["colour"]) for entry in contract["classes"]]
         self.classes = [entry["name"] for entry in contract["classes"]]
         self.session = backend.Session(contract, files, threads)

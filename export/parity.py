@@ -11,7 +11,8 @@ import numpy as np
 from edge import images, scores
 from edge.command import say
 from edge.errors import ParityError
-from edge.sources import find_files, open_source
+from edge.sources import open_source
+from edge.sources.stills import find_files
 from edge.warp.path import WarpHost
 from train_lite import metrics
 from train_lite.metrics import confusion

@@ -29,7 +29,7 @@ def main():
     from edge import contract
     from edge.backends import ort
     from edge.pipeline import Segmenter
-    from edge.run import Stopwatch
+    from edge.loop import Stopwatch
     from edge.sources import open_source
     frame = next(open_source(args.input, 1)).open()
     pipelines = [Segmenter(*contract.load(model), ort, args.threads) for model in args.models]

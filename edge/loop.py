@@ -1,0 +1,129 @@
+"""The runtime's loop, for the command and as edge.run, and its benchmark."""
+import contextlib
+import itertools
+import time
+from typing import Any, Dict, NamedTuple, Optional
+
+import numpy as np
+
+from edge import backends, contract, images, trial
+from edge.command import say
+from edge.errors import BadFile, UsageError
+from edge.pipeline import Segmenter
+from edge.sinks import Memory
+from edge.sources import open_source
+from edge.sources.uri import Options
+
+SCHEMA_VERSION = 2  # of a line of results.jsonl
+STATUS_S = 10       # between two lines about a video
+STAGES = ("read", "prepare", "look", "sample", "run", "blend", "decode", "unwarp", "write")
+
+
+class Result(NamedTuple):
+    mask: Optional[np.ndarray]             # (H, W) uint8 class ids, yours to keep; None with an error
+    area: Optional[Dict[str, float]]       # class name -> share of the pixels, 0..1
+    latency_ms: Optional[Dict[str, float]]  # stage of work -> ms
+    capture_time_s: float                  # seconds since 1970
+    done_time_s: float
+    health: Optional[Dict[str, Any]]       # of a camera or video: see sources.video.Video.health
+    error: Optional[str]                   # why a frame has no result
+
+
+class Stopwatch:
+    """Books the time since the last call to a stage of work: every moment is counted once."""
+
+    def __init__(self):
+        self.ms = {}  # of the stages that the pipeline has
+        self._last = time.perf_counter()
+
+    def lap(self, stage):
+        now = time.perf_counter()
+        self.ms[stage] = self.ms.get(stage, 0.0) + (now - self._last) * 1000
+        self._last = now
+
+
+def steps(source, pipeline, sinks):
+    """Frames in, results out: yields (frame, line) after each one. line: what results.jsonl says, see result.schema.json.
+    A frame that cannot be read has a line with its error, and is passed over."""
+    for frame in source:
+        watch = Stopwatch()
+        began_s = frame.arrived_s or time.monotonic()
+        line = {"schema_version": SCHEMA_VERSION, "frame": frame.index, "source": frame.origin, "error": None,
+                "capture_time_s": frame.capture_time_s or time.time()}
+        if frame.health:
+            line["health"] = frame.health
+        try:
+            picture = frame.open()
+            watch.lap("read")
+            bands = pipeline.bands(picture, watch.lap)
+            mask, overlay, counts = sinks.write_bands(frame, picture, bands, watch.lap, pipeline.blend)
+            samples = sinks.write_samples(frame, overlay, pipeline.positions)
+            watch.lap("write")
+        except BadFile as exc:
+            line["error"] = str(exc)
+        else:
+            line.update({
+                "height": picture.height, "width": picture.width, "mask": mask, "overlay": overlay, "samples": samples,
+                "area": {name: float(n) / counts.sum() for name, n in zip(pipeline.classes, counts)},
+                "latency_ms": {stage: round(ms, 3) for stage, ms in watch.ms.items()}})
+        # the wall clock may jump, and a result is not older than its frame
+        line["done_time_s"] = line["capture_time_s"] + time.monotonic() - began_s
+        sinks.write_line(line)
+        yield frame, line
+
+
+def run(source, pipeline, sinks):
+    """All of `source` through the pipeline into the sinks. Returns (frames done, list of error messages, health of the
+    source or None)."""
+    done, failed, health, last_s = 0, [], None, None
+    for frame, line in steps(source, pipeline, sinks):
+        health = frame.health
+        if line["error"]:
+            failed.append(line["error"])
+            say("error: %s" % line["error"])
+            continue
+        done += 1
+        if health and last_s is not None and time.monotonic() - last_s < STATUS_S:
+            continue  # of a video a line now and then
+        last_s = time.monotonic()
+        written = line["overlay"] or line["mask"]
+        say("%s: %dx%d, %.0f ms%s%s" % (
+            frame.origin, line["width"], line["height"], sum(line["latency_ms"].values()), ", " + written if written else "",
+            ", %(received)d frames came, %(dropped)d dropped, %(restarts)d restarts" % health if health else ""))
+    return done, failed, health
+
+
+def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", still=-1.0, **options):
+    """Yield (Frame, Result) of every frame of `source`, as edge.run says."""
+    made, files = contract.load(engine)
+    backend = backends.choose(backend, engine)
+    trial.demand(engine, backend.NAME, made)
+    unknown = sorted(set(options) - set(Options._fields))
+    if unknown:
+        raise UsageError("edge.run has no option %s; expected some of %s" % (", ".join(unknown), ", ".join(Options._fields)))
+    sinks = Memory()
+    with contextlib.closing(open_source(source, limit, Options(**options))) as opened:
+        with Segmenter(made, files, backend, threads, resize, still) as pipeline:
+            for frame, line in steps(opened, pipeline, sinks):
+                yield frame, Result(None if line["error"] else sinks.mask, line.get("area"), line.get("latency_ms"),
+                                    line["capture_time_s"], line["done_time_s"], frame.health, line["error"])
+
+
+def benchmark(source, pipeline, warm_up, runs):
+    """Time the whole path from a decoded frame to its mask, writing nothing. Returns a dict
+    stage -> {p50, p95, p99} in ms, with 'total' for all of a frame; and the frame's size."""
+    pictures = []
+    for frame in itertools.islice(source, 8):
+        picture = frame.open()  # a video's pixels are only lent
+        pictures.append(images.ArrayPicture(np.array(images.whole(picture))) if frame.health else picture)
+    laps = []
+    for index in range(warm_up + runs):
+        watch = Stopwatch()
+        for _labels in pipeline.bands(pictures[index % len(pictures)], watch.lap):
+            pass
+        if index >= warm_up:
+            laps.append(dict(watch.ms, total=sum(watch.ms.values())))
+    stages = [stage for stage in STAGES if any(stage in lap for lap in laps)] + ["total"]
+    table = {stage: dict(zip(("p50", "p95", "p99"), np.percentile([lap.get(stage, 0.0) for lap in laps], [50, 95, 99]).tolist()))
+             for stage in stages}
+    return table, (pictures[0].height, pictures[0].width)

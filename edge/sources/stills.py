@@ -1,0 +1,59 @@
+"""Image files and the synthetic test picture as sources."""
+import glob
+import os
+import re
+
+import numpy as np
+
+from edge import images
+from edge.errors import BadFile
+from edge.sources import Frame
+
+NUMBER = re.compile(r"%(0?)(\d*)[di]")  # of a sequence: img_%04d.png, img_%i.jpg
+
+
+def find_files(path):
+    """Image paths behind a file, folder, glob or numbered sequence, in the order of their names or numbers."""
+    if os.path.isdir(path):
+        found = sorted(os.path.join(path, f) for f in os.listdir(path) if f.lower().endswith(images.READABLE))
+        if not found:
+            raise BadFile("the folder %s holds no image; expected one of %s" % (path, " ".join(images.READABLE)))
+        return found
+    if os.path.exists(path):
+        return [path]
+    found = numbered(path) if NUMBER.search(os.path.basename(path)) else sorted(glob.glob(path))
+    if not found:
+        raise BadFile("no such file, folder or pattern: %s" % path)
+    return found
+
+
+def numbered(pattern):
+    """The files of a sequence such as img_%04d.png that exist, in the order of their numbers."""
+    folder, name = os.path.split(pattern)
+    place = NUMBER.search(name)
+    digits = r"(\d{%s,})" % place.group(2) if place.group(1) and place.group(2) else r"([1-9]\d*|0)"
+    wanted = re.compile("%s%s%s$" % (re.escape(name[:place.start()]), digits, re.escape(name[place.end():])))
+    if not os.path.isdir(folder or "."):
+        return []
+    found = [(int(match.group(1)), file) for file in os.listdir(folder or ".") for match in [wanted.match(file)] if match]
+    return [os.path.join(folder, file) for _number, file in sorted(found)]
+
+
+def from_files(paths):
+    used = set()
+    for index, path in enumerate(paths):
+        stem = os.path.splitext(os.path.basename(path))[0]
+        name = stem if stem not in used else "%s-%d" % (stem, index)
+        used.add(name)
+        yield Frame(index, name, path, lambda path=path: images.open_photo(path))
+
+
+def synthetic(width, height):
+    """An endless test picture, a diagonal gradient that moves with every frame."""
+    y, x = np.ogrid[:height, :width]
+    index = 0
+    while True:
+        still = np.stack(np.broadcast_arrays(x + 3 * index, y, x + y + 7 * index), axis=2).astype(np.uint8)
+        yield Frame(index, "frame-%06d" % index, "synthetic://%dx%d" % (width, height),
+                    lambda still=still: images.ArrayPicture(still))
+        index += 1
