@@ -2,7 +2,7 @@
 import time
 
 from edge.command import say
-from edge.errors import BadFile, DecoderExit, NoFrame, SourceLost
+from edge.errors import BadFile, DecoderExit, SourceLost
 from edge.sources import faults
 from edge.sources.child import FrameReader
 
