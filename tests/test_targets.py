@@ -280,7 +280,8 @@ def test_our_own_nets_pass_everywhere(tmp_path, name, norm):
     pytest.importorskip("torch")
     from export import to_onnx
     from train_lite import models
-    for fusion, outputs in (("concat", 1), ("add", 3), ("none", 3)):
+    fusions = (("concat", 1), ("add", 3), ("none", 3))
+    for fusion, outputs in fusions if name == "unet" else fusions[:1]:  # torch 1.10 takes half a minute for the larger net
         net = models.build(name, 4, norm, outputs, fusion)
         net = to_onnx.folded(net)
         for part, module, inputs, output in to_onnx.stages(net, "tiled" if fusion == "none" else "patch", RECIPE):
