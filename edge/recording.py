@@ -12,7 +12,7 @@ from edge.sources import child, faults, pipelines
 from jetson import board
 
 RATE, FASTEST_RATE = 30.0, 240.0  # frames per second, where the source does not say; more than that is a clock, not a rate
-LONGEST_SIDE_PX = 8192
+SHORTEST_SIDE_PX, LONGEST_SIDE_PX = 16, 8192  # openh264 takes no less; 200 MB at most
 STALL_S = 15.0          # an encoder that takes nothing for so long hangs
 END_S = 10.0            # for the last frames and the end of the file
 SPARE_BYTES = 8 << 20   # of the disk that are left to others: the JSON lines go on where the video cannot
@@ -35,13 +35,13 @@ class Recorder:
 
     def begin(self, height, width, rate=None):
         """Room for the next frame: (height, width, 3) uint8 RGB to be painted; None when recording has stopped.
-        rate: the source's. Raises BadFile for a size that is not that of the first frame, or too large."""
+        rate: the source's. Raises BadFile for a size that is not that of the first frame, or none for a video."""
         if self.error:
             return None
         if self._size is None:
-            if max(height, width) > LONGEST_SIDE_PX:
-                raise BadFile("a frame is %dx%d, too large for a video (%d px); give a folder as --output"
-                              % (width, height, LONGEST_SIDE_PX))
+            if max(height, width) > LONGEST_SIDE_PX or min(height, width) < SHORTEST_SIDE_PX:
+                raise BadFile("a frame is %dx%d, but sides of a video are %d to %d px; give a folder as --output"
+                              % (width, height, SHORTEST_SIDE_PX, LONGEST_SIDE_PX))
             self._start(height, width, rate)
         elif self._size != (height, width):
             raise BadFile("a frame is %dx%d, but the video %s began with %dx%d. Video can be scaled: --input-width and "

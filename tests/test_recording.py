@@ -194,6 +194,15 @@ def test_another_size_is_an_error_of_that_frame(run, tmp_path, tidy):  # noqa: F
 
 
 @gst
+def test_sizes_that_are_none_for_a_video(tmp_path, tidy):  # noqa: F811
+    for height, width in ((15, 64), (64, 8193)):
+        with pytest.raises(BadFile, match="%dx%d, but sides of a video are 16 to 8192 px" % (width, height)):
+            record(tmp_path / "a.mp4", [np.zeros((height, width, 3), np.uint8)])
+    record(tmp_path / "a.mp4", pictures(3, 16, 16))
+    assert decoded(tmp_path / "a.mp4").shape == (3, 16, 16, 3)
+
+
+@gst
 def test_wrong_outputs(run, tmp_path):  # noqa: F811
     clip = make_clip(tmp_path / "in.mp4.avi", 3)
     for name in ("out.avi", "out.mov", "out.webm"):
