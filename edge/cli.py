@@ -10,7 +10,7 @@ from edge import backends, contract, loop, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import UsageError
 from edge.pipeline import Segmenter
-from edge.sinks import Sinks
+from edge.sinks import Sinks, is_film, lines_beside
 from edge.sources import open_source, uri
 
 
@@ -47,8 +47,10 @@ HELPS = {
     "engine": "the model: the file that `python -m export` wrote, its contract beside it",
     "input": "an image, a folder, a glob in quotes, a sequence (img_%%04d.png), a video, csi://N, /dev/videoN, rtsp://HOST/PATH, "
              "'gst://PIPELINE' up to raw video, or synthetic://WIDTHxHEIGHT",
-    "output": "a folder for masks, overlays and results.jsonl; or FILE.png, FILE.jsonl, or - for JSON lines on stdout",
-    "overlay": "also write the mask painted over the image; deform: and where the samples were taken",
+    "output": "a folder for masks, overlays and results.jsonl; or FILE.png, FILE.jsonl, a video of the overlays as FILE.mp4 or "
+              "FILE.mkv (with FILE.jsonl), or - for JSON lines on stdout",
+    "overlay": "also write the mask painted over the image; deform: and where the samples were taken. A video without it "
+               "shows the mask in its colours",
     "backend": "who computes the net; auto: by the model file's suffix",
     "resize": "model: frames are brought to the size the net was trained at; none: taken as they are",
     "still": "deform: keep the samples' places while a frame differs by at most this much of 255, on average over the small image; "
@@ -89,6 +91,15 @@ def check(config):
         raise UsageError("--json and --output - both write to stdout; give one of them")
 
 
+def check_not_input(config):
+    """Raise UsageError where the video to be written is the one that is read."""
+    if not is_film(config.output) or not os.path.exists(config.output):
+        return
+    place = uri.parse(config.input)
+    if place.kind == "file" and os.path.exists(place.where) and os.path.samefile(config.output, place.where):
+        raise UsageError("--output %s is the input itself, which would be lost; give another name" % config.output)
+
+
 def source_options(config):
     """uri.Options of an EdgeConfig."""
     return uri.Options(config.input_width, config.input_height, config.input_rate, config.input_flip, config.input_rtsp_latency,
@@ -119,6 +130,7 @@ def main(argv):
         return _list_sources(config)
     check(config)
     uri.check(source_options(config))
+    check_not_input(config)
     made, files = contract.load(config.engine)
     backend = backends.choose(config.backend, config.engine)
     banner("edge-run", backend.DEVICE, backend.describe())
@@ -128,16 +140,19 @@ def main(argv):
             Segmenter(made, files, backend, config.threads, config.resize, config.still) as pipeline:
         if config.benchmark:
             return _benchmark(config, source, pipeline)
-        with contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay)) as sinks:
+        with contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay, config.input_rate)) as sinks:
             done, failed, health = loop.run(source, pipeline, sinks)
     if health:
         health = source.health()  # what was dropped at the end counts too
+    film = {"frames": sinks.recorder.frames, "error": sinks.recorder.error} if sinks.recorder else None
     say("%d frame%s done, %d failed%s%s" % (
         done, "" if done == 1 else "s", len(failed), ", %(dropped)d dropped, %(restarts)d restarts" % health if health else "",
-        "" if config.output == "-" else ", results in %s" % config.output))
+        "" if config.output == "-" else ", results in %s" % config.output if not film else
+        ", results in %s, %d frames of video in %s" % (lines_beside(config.output), film["frames"], config.output)))
     if config.json:
-        print(json.dumps(dict({"frames": done, "failed": failed, "output": config.output}, **{"health": health} if health else {})))
-    return 5 if failed else 0
+        said = {"frames": done, "failed": failed, "output": config.output, "health": health, "recording": film}
+        print(json.dumps({name: value for name, value in said.items() if value is not None}))
+    return 5 if failed or film and film["error"] else 0
 
 
 def _list_sources(config):

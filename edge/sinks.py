@@ -9,13 +9,26 @@ from edge import images
 from edge.errors import UsageError
 from edge.warp import pictures, reference
 
+FILM = (".mp4", ".mkv")
+
+
+def is_film(output):
+    """Whether --output names a video."""
+    return output.lower().endswith(FILM)
+
+
+def lines_beside(film):
+    """The file of JSON lines that belongs to a video."""
+    return os.path.splitext(film)[0] + ".jsonl"
 
 
 class Sinks:
-    """The outputs of one run. output: a folder (masks, overlays, results.jsonl), a .png (one mask), a .jsonl, or
-    '-' (JSON lines on stdout)."""
+    """The outputs of one run. output: a folder (masks, overlays, results.jsonl), a .png (one mask), a .jsonl, a
+    .mp4 or .mkv (a video of the overlays; of the masks in their colours without overlay; JSON lines beside it), or '-' (JSON
+    lines on stdout). rate: frames per second of that video; 0: the source's."""
 
-    def __init__(self, output, palette, overlay):
+    def __init__(self, output, palette, overlay, rate=0.0):
+        self.recorder = None
         self._palette, self._one_mask, self._folder, self._overlay = palette, None, None, overlay
         self._lines, self._count = None, 0
         if output == "-":
@@ -26,8 +39,13 @@ class Sinks:
                 self._one_mask = output
             else:
                 self._lines = open(output, "w", encoding="utf-8")
+        elif is_film(output):
+            from edge.recording import Recorder  # GStreamer costs nothing where it is not used
+            os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+            self.recorder, self._colours = Recorder(output, rate), np.array(palette, np.uint8)
+            self._lines = open(lines_beside(output), "w", encoding="utf-8")
         elif "." in os.path.basename(output.rstrip("/")) and not os.path.isdir(output):
-            raise UsageError("--output %s: expected a folder, a file ending in .png or .jsonl, or -" % output)
+            raise UsageError("--output %s: expected a folder, a file ending in .png, .jsonl, .mp4 or .mkv, or -" % output)
         else:
             os.makedirs(output, exist_ok=True)
             self._folder = output
@@ -52,7 +70,9 @@ class Sinks:
         self._count += 1
         counts = np.zeros(len(self._palette), np.int64)
         size = (picture.height, picture.width)
-        behind = frame.open() if overlay_path else None  # a reader of its own: the net reads ahead of the overlay
+        room = self.recorder.begin(size[0], size[1], frame.rate) if self.recorder else None
+        # a reader of its own: the net reads ahead of the overlay
+        behind = frame.open() if overlay_path or room is not None and self._overlay else None
         mask = over = None
         try:
             if mask_path:
@@ -66,6 +86,9 @@ class Sinks:
                     mask.write(labels)
                 if over:
                     over.write(blend(behind.window(y, 0, y + len(labels), size[1]), labels))
+                if room is not None:
+                    room[y:y + len(labels)] = (blend(behind.window(y, 0, y + len(labels), size[1]), labels) if self._overlay
+                                               else self._colours[labels])
                 y += len(labels)
                 lap("write")
             for png in filter(None, (mask, over)):
@@ -74,6 +97,8 @@ class Sinks:
             for png in filter(None, (mask, over)):
                 png.abandon()
             raise
+        if room is not None:
+            self.recorder.commit()
         lap("write")
         return mask_path, overlay_path, counts
 
@@ -93,8 +118,12 @@ class Sinks:
             self._lines.flush()
 
     def close(self):
-        if self._lines and self._lines is not sys.stdout:
-            self._lines.close()
+        try:
+            if self.recorder:
+                self.recorder.close()
+        finally:
+            if self._lines and self._lines is not sys.stdout:
+                self._lines.close()
 
 
 class Memory:

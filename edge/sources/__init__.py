@@ -13,6 +13,7 @@ class Frame(NamedTuple):
     capture_time_s: Optional[float] = None   # seconds since 1970 at its arrival; None: when it is opened
     arrived_s: Optional[float] = None        # the same moment on time.monotonic()
     health: Optional[Dict[str, Any]] = None  # of a video source, see video.Video.health; None: a still image
+    rate: Optional[float] = None             # frames per second of a video as its source says; None: it does not
 
 
 def open_source(uri, limit=0, options=uris.Options()):

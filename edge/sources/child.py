@@ -1,4 +1,4 @@
-"""A GStreamer pipeline in a process of its own, and the frames that come out of its pipe.
+"""A GStreamer pipeline in a process of its own, and the frames that come out of its pipe or go into it.
 
 The process may hang or crash: it is killed with all that it started, and reaped. Frames come over a pipe of their own, never
 over stdout, for camera drivers print there. Each one is preceded by its length (multipartmux), so that bytes which are lost or
@@ -34,43 +34,43 @@ def _end_with_us():
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class Child:
-    """gst-launch-1.0 with the words of a pipeline. headless: without a display, whose forwarding over ssh breaks Argus."""
+def _widen(pipe):
+    """A large frame takes fewer turns."""
+    try:
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_BYTES)
+    except OSError:
+        pass  # many pipes are open already: a smaller one will do
 
-    def __init__(self, words, headless=False):
-        self._frames, theirs = os.pipe()
+
+class Process:
+    """gst-launch-1.0 with `words`, heard and ended. stdin: as of subprocess; pipes: descriptors that it is given too.
+    headless: without a display, whose forwarding over ssh breaks Argus. Raises MissingElement without GStreamer."""
+
+    def __init__(self, words, stdin=subprocess.DEVNULL, pipes=(), headless=False):
         env = {k: v for k, v in os.environ.items() if not (headless and k == "DISPLAY")}
         env.update(LC_ALL="C", LANGUAGE="C")  # messages as we know them
-        # -f: a crash ends it, instead of waiting for a debugger
-        command = ["gst-launch-1.0", "-v", "-f"] + words + ["!", "multipartmux", "boundary=nanopatch", "!", "fdsink", "fd=%d" % theirs]
         try:
-            try:
-                fcntl.fcntl(theirs, F_SETPIPE_SZ, PIPE_BYTES)
-            except OSError:
-                pass  # many pipes are open already: a smaller one will do
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                             pass_fds=(theirs,), env=env, start_new_session=True, preexec_fn=_end_with_us)
+            # -f: a crash ends it, instead of waiting for a debugger
+            self._process = subprocess.Popen(["gst-launch-1.0", "-f"] + words, stdin=stdin, stdout=subprocess.PIPE,
+                                             stderr=subprocess.PIPE, pass_fds=pipes, env=env, start_new_session=True,
+                                             preexec_fn=_end_with_us)
         except OSError as exc:
-            os.close(self._frames)
             raise missing("gst-launch-1.0") from exc
-        finally:
-            os.close(theirs)
         self.pid = self._process.pid
-        self.caps, self._text, self._line = None, b"", b""
+        self._text, self._line = b"", b""
         self._poll, self._talk = select.poll(), {}
-        self._poll.register(self._frames, select.POLLIN)
         for pipe, said in ((self._process.stdout, self._stdout), (self._process.stderr, self._stderr)):
             self._talk[pipe.fileno()] = (pipe, said)
             self._poll.register(pipe, select.POLLIN)
 
-    def wait(self, timeout_s):
-        """Wait for a frame's bytes or the end of the pipe: True; False when timeout_s are over. Hears what is said meanwhile."""
+    def listen(self, timeout_s):
+        """Hear what is said for timeout_s, or until another descriptor is ready: whether one is."""
         ready = False
         for number, _event in self._poll.poll(max(0, timeout_s) * 1000):
-            if number == self._frames:
-                ready = True
-            else:
+            if number in self._talk:
                 self._hear(number)
+            else:
+                ready = True
         return ready
 
     def _hear(self, number):
@@ -85,18 +85,14 @@ class Child:
         lines = (self._line + said).split(b"\n")
         self._line = lines.pop()[-KEPT_TEXT:]
         for line in lines:
-            caps = CAPS.search(line.decode(errors="replace"))
-            if caps:
-                self.caps = caps.group(1)
-            elif line.startswith((b"WARNING", b"ERROR")):  # newer versions print these here
-                self._stderr(line + b"\n")
+            self._stdout_line(line)
+
+    def _stdout_line(self, line):
+        if line.startswith((b"WARNING", b"ERROR")):  # newer versions print these here
+            self._stderr(line + b"\n")
 
     def _stderr(self, said):
         self._text = (self._text + said)[-KEPT_TEXT:]
-
-    def read_into(self, view):
-        """Bytes of the pipe into a writable memoryview. Returns how many, 0 at the end; call it when wait() said True."""
-        return os.readv(self._frames, [view])
 
     def ended(self, timeout_s=2.0):
         """(exit status or None, what it said) after the end of the pipe."""
@@ -112,15 +108,19 @@ class Child:
                 self._hear(number)
         return status, self._text.decode(errors="replace")
 
+    def wait_for_end(self, limit_s):
+        """Wait until it has ended, or for limit_s; its words are heard, for it may wait for that."""
+        deadline = time.monotonic() + limit_s
+        while self._process.poll() is None and time.monotonic() < deadline:
+            self.listen(0.02)
+            if self._process.poll() is None:
+                time.sleep(0.01)
+
     def close(self, grace_s=0.0):
         """End the process and all that it started, and reap it. grace_s: how long it may take to let go of a camera."""
         if self._process.poll() is None and grace_s:
             self._process.send_signal(signal.SIGINT)
-            deadline = time.monotonic() + grace_s
-            while self._process.poll() is None and time.monotonic() < deadline:
-                self.wait(0.02)  # it may wait for its words to be heard
-                if self._process.poll() is None:
-                    time.sleep(0.01)
+            self.wait_for_end(grace_s)
         try:
             os.killpg(self.pid, signal.SIGKILL)  # its children too, if it has left any; it is not reaped or is gone itself
         except (ProcessLookupError, PermissionError):
@@ -129,17 +129,92 @@ class Child:
         for pipe, _said in self._talk.values():
             pipe.close()
         self._talk = {}
+
+
+class Child(Process):
+    """A pipeline whose frames come to us over a pipe."""
+
+    def __init__(self, words, headless=False):
+        self.caps = None
+        self._frames, theirs = os.pipe()
+        try:
+            _widen(theirs)
+            super().__init__(["-v"] + words + ["!", "multipartmux", "boundary=nanopatch", "!", "fdsink", "fd=%d" % theirs],
+                             pipes=(theirs,), headless=headless)
+        except BaseException:
+            os.close(self._frames)
+            raise
+        finally:
+            os.close(theirs)
+        self._poll.register(self._frames, select.POLLIN)
+
+    def wait(self, timeout_s):
+        """Wait for a frame's bytes or the end of the pipe: True; False when timeout_s are over. Hears what is said meanwhile."""
+        return self.listen(timeout_s)
+
+    def _stdout_line(self, line):
+        caps = CAPS.search(line.decode(errors="replace"))
+        if caps:
+            self.caps = caps.group(1)
+        else:
+            super()._stdout_line(line)
+
+    def read_into(self, view):
+        """Bytes of the pipe into a writable memoryview. Returns how many, 0 at the end; call it when wait() said True."""
+        return os.readv(self._frames, [view])
+
+    def close(self, grace_s=0.0):
+        super().close(grace_s)
         if self._frames is not None:
             os.close(self._frames)
             self._frames = None
 
 
+class Feed(Process):
+    """A pipeline that begins with fdsrc, and is fed by us through its standard input."""
+
+    def __init__(self, words):
+        super().__init__(words, stdin=subprocess.PIPE)
+        self._pipe = self._process.stdin.fileno()
+        _widen(self._pipe)
+        os.set_blocking(self._pipe, False)  # an encoder that hangs may not stop us
+        self._poll.register(self._pipe, select.POLLOUT)
+
+    def write(self, view, stall_s):
+        """All bytes of a memoryview into the pipe. Raises BrokenPipeError when the process has ended, TimeoutError when it
+        takes nothing for stall_s."""
+        deadline = time.monotonic() + stall_s
+        while len(view):
+            if self.listen(LOOK_S):
+                try:
+                    view = view[os.write(self._pipe, view):]
+                    deadline = time.monotonic() + stall_s
+                except BlockingIOError:
+                    pass
+            elif time.monotonic() >= deadline:
+                raise TimeoutError("took nothing for %g s" % stall_s)
+
+    def finish(self, limit_s):
+        """Say that no more will come, and wait for its end for limit_s."""
+        self._shut()
+        self.wait_for_end(limit_s)
+
+    def _shut(self):
+        if not self._process.stdin.closed:
+            self._poll.unregister(self._pipe)
+            self._process.stdin.close()
+
+    def close(self, grace_s=0.0):
+        self._shut()
+        super().close(grace_s)
+
+
 class Shot:
     """A frame as it came: pixels (H, W, 3) uint8 RGB, a view of the buffer; arrived_s on the monotonic clock, capture_time_s
-    since 1970."""
+    since 1970; rate: frames per second as the source says, None where it does not."""
 
-    def __init__(self, pixels, arrived_s, capture_time_s):
-        self.pixels, self.arrived_s, self.capture_time_s = pixels, arrived_s, capture_time_s
+    def __init__(self, pixels, arrived_s, capture_time_s, rate=None):
+        self.pixels, self.arrived_s, self.capture_time_s, self.rate = pixels, arrived_s, capture_time_s, rate
 
 
 class Buffer:
@@ -182,7 +257,7 @@ class FrameReader:
             raise WrongSize("frames changed from %dx%d %s to %dx%d %s" % (self._layout + _layout(self._child.caps)))
         height, width, channels, stride = self._shape
         pixels = buffer.data[:height * stride].reshape(height, stride)[:, :width * channels]
-        return Shot(pixels.reshape(height, width, channels)[..., self._order], arrived_s, capture_time_s)
+        return Shot(pixels.reshape(height, width, channels)[..., self._order], arrived_s, capture_time_s, self._rate)
 
     def _size_checked(self, head, known, deadline, timeout_s):
         """A header must be as the one before; the first one says how many bytes a frame has."""
@@ -204,7 +279,7 @@ class FrameReader:
                 raise NoFrame("frames without a size came for %.1f s" % timeout_s)
             self._child.wait(0.01)
         self._caps, self._count = self._child.caps, int(digits)
-        self._layout = _layout(self._caps)
+        self._layout, self._rate = _layout(self._caps), _rate(self._caps)
         self._shape, self._order = _shape(self._layout, self._count)
         self._header = bytes(head + digits)
 
@@ -244,6 +319,12 @@ def _layout(caps):
     found = [re.search(pattern, caps) for pattern in (r"\bwidth=\(int\)(\d+)", r"\bheight=\(int\)(\d+)", r"format=\(string\)(\w+)")]
     width, height, name = [match.group(1) if match else "" for match in found]
     return int(width or 0), int(height or 0), name
+
+
+def _rate(caps):
+    """Frames per second of caps; None where they do not say, or it varies (0/1)."""
+    found = re.search(r"\bframerate=\(fraction\)(\d+)/(\d+)", caps)
+    return int(found.group(1)) / float(found.group(2)) or None if found and int(found.group(2)) else None
 
 
 def _shape(layout, count):

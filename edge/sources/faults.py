@@ -56,10 +56,15 @@ def explain(error, place):
     return DecoderExit("%s: %s%s" % (shown, error, ", " + said if said else ""))
 
 
+def complaint(text):
+    """GStreamer's first complaint in one line, as it stands; "" when there is none."""
+    found = re.search(r"(?:ERROR: from element \S+:|ERROR:|WARNING: erroneous pipeline:|\(Argus\))\s*([^\n]+)", text)
+    return found.group(1).strip().rstrip(".") if found else ""
+
+
 def _said(text, place):
     """GStreamer's first complaint in one line, without secrets."""
-    found = re.search(r"(?:ERROR: from element \S+:|ERROR:|WARNING: erroneous pipeline:|\(Argus\))\s*([^\n]+)", text)
-    line = found.group(1).strip().rstrip(".") if found else ""
+    line = complaint(text)
     more = re.search(r"\n\(?(Argus|Error generated)[^\n]*", text)
     line += " (%s)" % more.group(0).strip() if more and more.group(0).strip() not in line else ""
     if place.kind in ("rtsp", "gst"):

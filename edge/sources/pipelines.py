@@ -18,8 +18,10 @@ PACKAGES = {  # the Debian package of an element; of others by the start of thei
     "videoconvert": "gstreamer1.0-plugins-base", "videoscale": "gstreamer1.0-plugins-base",
     "videorate": "gstreamer1.0-plugins-base", "h264parse": "gstreamer1.0-plugins-bad", "h265parse": "gstreamer1.0-plugins-bad",
     "mpegvideoparse": "gstreamer1.0-plugins-bad", "mpeg4videoparse": "gstreamer1.0-plugins-bad",
-    "tsdemux": "gstreamer1.0-plugins-bad", "x264enc": "gstreamer1.0-plugins-ugly"}
-PACKAGES_BY_START = (("avdec_", "gstreamer1.0-libav"), ("nv", NVIDIA), ("omx", NVIDIA))
+    "tsdemux": "gstreamer1.0-plugins-bad", "x264enc": "gstreamer1.0-plugins-ugly", "openh264enc": "gstreamer1.0-plugins-bad",
+    "rawvideoparse": "gstreamer1.0-plugins-base", "fdsrc": "gstreamer1.0-tools", "filesink": "gstreamer1.0-tools",
+    "queue": "gstreamer1.0-tools"}
+PACKAGES_BY_START = (("avdec_", "gstreamer1.0-libav"), ("avenc_", "gstreamer1.0-libav"), ("nv", NVIDIA), ("omx", NVIDIA))
 DECODERS = {  # codec -> (parser, decoders from the best to the last)
     "h264": ("h264parse", ("nvv4l2decoder", "omxh264dec", "avdec_h264")),
     "h265": ("h265parse", ("nvv4l2decoder", "omxh265dec", "avdec_h265")),
@@ -31,6 +33,17 @@ DECODERS = {  # codec -> (parser, decoders from the best to the last)
     "mjpeg": ("", ("jpegdec", "nvjpegdec"))}
 DEMUXERS = {"qtdemux": (".mp4", ".m4v", ".mov", ".3gp"), "matroskademux": (".mkv", ".webm"), "avidemux": (".avi",),
             "flvdemux": (".flv",), "tsdemux": (".ts", ".mts", ".m2ts")}
+# encoders from the best to the last. %(bits)d per second; a whole picture at least every %(rate)d frames
+ENCODERS = (("nvv4l2h264enc", "bitrate=%(bits)d insert-sps-pps=true iframeinterval=%(rate)d"),
+            ("omxh264enc", "bitrate=%(bits)d insert-sps-pps=true iframeinterval=%(rate)d"),
+            ("x264enc", "bitrate=%(kbits)d key-int-max=%(rate)d speed-preset=superfast tune=zerolatency"),
+            ("openh264enc", "bitrate=%(bits)d rate-control=bitrate gop-size=%(rate)d complexity=low"),
+            ("avenc_mpeg4", "bitrate=%(bits)d gop-size=%(rate)d"),
+            ("jpegenc", "quality=90"))
+HARDWARE = ("nvv4l2h264enc", "omxh264enc")
+# a file that is cut keeps what came before: MP4 in parts of a second, each with its own index; Matroska is made so
+MUXERS = {".mp4": ["mp4mux", "fragment-duration=1000"], ".mkv": ["matroskamux"]}
+BITS_PER_PX = 0.15
 DEPAYLOADERS = {"mpeg2": "rtpmpvdepay", "mpeg4": "rtpmp4vdepay", "mjpeg": "rtpjpegdepay"}  # else rtpCODECdepay
 
 
@@ -64,6 +77,40 @@ def build(place, options, elements):
     parts += _to_pixels(options, hardware, (options.width_px, options.height_px) if scaled else None,
                         options.rate if place.kind in ("rtsp", "file", "gst") else 0.0)
     for part in parts if place.kind != "gst" else parts[1:]:
+        if "/" not in part[0] and part[0] not in elements:
+            raise missing(part[0])
+    return [word for part in parts for word in ["!"] + part][1:]
+
+
+def encoder(suffix, elements):
+    """The name of the best encoder in `elements` for a file of that suffix, a key of MUXERS. Raises MissingElement."""
+    for name, _words in ENCODERS:
+        if name in elements and not (name in HARDWARE and "nvvidconv" not in elements) \
+                and not (name == "jpegenc" and suffix == ".mp4"):  # mp4mux takes no JPEG
+            return name
+    raise missing("x264enc")
+
+
+def recording(path, width_px, height_px, rate, elements):
+    """The pipeline from raw RGB on standard input, its rows padded to 4 bytes, to a video file: a list of words for
+    gst-launch-1.0. width_px, height_px: even; rate: frames per second; elements: as of build(). Raises MissingElement."""
+    suffix = os.path.splitext(path)[1].lower()
+    chosen, whole_rate = encoder(suffix, elements), max(1, int(round(rate)))
+    bits = int(min(max(BITS_PER_PX * width_px * height_px * rate, 500e3), 20e6))
+    parts = [["fdsrc", "fd=0"],
+             ["rawvideoparse", "format=rgb", "width=%d" % width_px, "height=%d" % height_px, "framerate=%s" % _rate(rate)],
+             # it encodes one frame while we fill the next
+             ["queue", "max-size-buffers=2", "max-size-bytes=0", "max-size-time=0"], ["videoconvert"]]
+    if chosen in HARDWARE:  # nvvidconv has no RGB
+        parts += [["video/x-raw,format=(string)RGBA"], ["nvvidconv"], ["video/x-raw(memory:NVMM),format=(string)NV12"]]
+    else:
+        parts.append(["video/x-raw,format=(string)I420"])  # else 4:4:4, which few players show
+    parts.append([chosen] + (dict(ENCODERS)[chosen] % {"bits": bits, "kbits": bits // 1000, "rate": whole_rate}).split())
+    if "h264" in chosen or chosen == "x264enc":
+        parts.append(["h264parse"])
+    # unbuffered: what is encoded is on the disk, whoever is killed
+    parts += [MUXERS[suffix], ["filesink", "buffer-mode=unbuffered", "location=%s" % quoted(path)]]
+    for part in parts:
         if "/" not in part[0] and part[0] not in elements:
             raise missing(part[0])
     return [word for part in parts for word in ["!"] + part][1:]

@@ -186,7 +186,7 @@ class Video:
             self._processed += 1
             health = self._health()
         return Frame(index, "frame-%06d" % index, self.place.shown, lambda: images.ArrayPicture(shot.pixels),
-                     shot.capture_time_s, shot.arrived_s, health)
+                     shot.capture_time_s, shot.arrived_s, health, shot.rate)
 
     def _give_back(self):
         with self._changed:
