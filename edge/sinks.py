@@ -7,7 +7,7 @@ import numpy as np
 
 from edge import images
 from edge.errors import UsageError
-from edge.warp import pictures, reference
+from edge.warp import reference
 
 FILM = (".mp4", ".mkv")
 
@@ -106,6 +106,7 @@ class Sinks:
         """Draw where a frame's samples lie, beside its overlay. positions: (th, tw, 2), or None. Returns the path, or None."""
         if overlay_path is None or positions is None:
             return None
+        from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
         path, small = overlay_path[:-len("overlay.png")] + "samples.png", pictures.shown(frame.open())
         samples = (reference.sample(images.ArrayPicture(small), positions) + 0.5).astype(np.uint8)
         images.write_png(path, pictures.whereabouts(small, positions, samples))

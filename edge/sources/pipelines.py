@@ -76,10 +76,7 @@ def build(place, options, elements):
     scaled = options.width_px if place.kind in ("rtsp", "file", "gst") else 0  # a camera was asked for its size already
     parts += _to_pixels(options, hardware, (options.width_px, options.height_px) if scaled else None,
                         options.rate if place.kind in ("rtsp", "file", "gst") else 0.0)
-    for part in parts if place.kind != "gst" else parts[1:]:
-        if "/" not in part[0] and part[0] not in elements:
-            raise missing(part[0])
-    return [word for part in parts for word in ["!"] + part][1:]
+    return _joined(parts, elements, given=1 if place.kind == "gst" else 0)
 
 
 def encoder(suffix, elements):
@@ -110,7 +107,13 @@ def recording(path, width_px, height_px, rate, elements):
         parts.append(["h264parse"])
     # unbuffered: what is encoded is on the disk, whoever is killed
     parts += [MUXERS[suffix], ["filesink", "buffer-mode=unbuffered", "location=%s" % quoted(path)]]
-    for part in parts:
+    return _joined(parts, elements)
+
+
+def _joined(parts, elements, given=0):
+    """The words of a pipeline of parts, lists of words each that begin with an element or caps. given: parts at the front that
+    are the user's own, for GStreamer to judge. Raises MissingElement."""
+    for part in parts[given:]:
         if "/" not in part[0] and part[0] not in elements:
             raise missing(part[0])
     return [word for part in parts for word in ["!"] + part][1:]
