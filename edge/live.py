@@ -257,7 +257,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def __init__(self, host, port, live):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.live, self._lock, self._connections = live, threading.Lock(), {}
+        self.live, self._connections = live, {}
         with open(os.path.join(os.path.dirname(__file__), "live.html"), "rb") as handle:
             self.page = handle.read()
         # its own script and style by their hashes, and nothing else: text that slipped in could not run
@@ -271,20 +271,12 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.live.chart()
 
     def process_request(self, request, client_address):
+        self._connections = {thread: socket_ for thread, socket_ in self._connections.items() if thread.is_alive()}
+        if len(self._connections) >= CONNECTIONS:
+            return self.shutdown_request(request)
         thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), name="live page", daemon=True)
-        with self._lock:
-            full = len(self._connections) >= CONNECTIONS
-            if not full:
-                self._connections[request] = thread
-        if full:
-            self.shutdown_request(request)
-        else:
-            thread.start()
-
-    def shutdown_request(self, request):
-        with self._lock:
-            self._connections.pop(request, None)
-        super().shutdown_request(request)
+        self._connections[thread] = request
+        thread.start()
 
     def handle_error(self, request, client_address):
         problem = sys.exc_info()[1]
@@ -292,16 +284,14 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             say("error: the live page failed for one visitor: %s: %s" % (type(problem).__name__, problem))
 
     def end_connections(self):
-        """Whatever a visitor's thread waits for ends now."""
-        with self._lock:
-            connections = list(self._connections.items())
-        for request, _thread in connections:
+        """Whatever a visitor's thread waits for ends now. Called when nobody new is let in."""
+        for request in self._connections.values():
             try:
                 request.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # the visitor was faster
-        for _request, thread in connections:
-            thread.join(STALL_S)
+        for thread in self._connections:
+            thread.join()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
