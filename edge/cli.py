@@ -50,8 +50,8 @@ HELPS = {
              "'gst://PIPELINE' up to raw video, or synthetic://WIDTHxHEIGHT",
     "output": "a folder for masks, overlays and results.jsonl; or FILE.png, FILE.jsonl, a video of the overlays as FILE.mp4 or "
               "FILE.mkv (with FILE.jsonl), - for JSON lines on stdout, or http://HOST:PORT for the live page alone",
-    "live": "http://HOST:PORT of a page that shows the run in a browser, beside --output: http://127.0.0.1:8080 for this machine alone; "
-            "http://0.0.0.0:8080 for the network, with a token",
+    "live": "http://HOST:PORT of a page that shows the run in a browser, beside --output: http://127.0.0.1:8080 for this machine "
+            "alone; http://0.0.0.0:8080 for the network, with a token",
     "overlay": "also write the mask painted over the image; deform: and where the samples were taken. A video without it "
                "shows the mask in its colours",
     "backend": "who computes the net; auto: by the model file's suffix",

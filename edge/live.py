@@ -247,8 +247,8 @@ def _listen(address, host, port, live):
         elif number in (errno.EACCES, errno.EPERM):
             cure = "ports below 1024 need more rights. Take another: http://%s:%d" % (host, PORT)
         else:
-            cure = "%s is no address of this machine (%s). Take http://127.0.0.1:%d, or http://0.0.0.0:%d for the whole network" % (
-                host, getattr(exc, "strerror", None) or exc, port, port)
+            cure = ("%s is no address of this machine (%s). Take http://127.0.0.1:%d, or http://0.0.0.0:%d for the whole network"
+                    % (host, getattr(exc, "strerror", None) or exc, port, port))
         raise UsageError("no live page at %s: %s" % (address, cure)) from exc
 
 
@@ -264,8 +264,8 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         # its own script and style by their hashes, and nothing else: text that slipped in could not run
         hashes = {tag: b"'sha256-%s'" % base64.b64encode(hashlib.sha256(
             re.search(b"<%s>(.*?)</%s>" % (tag, tag), self.page, re.S).group(1)).digest()) for tag in (b"script", b"style")}
-        self.policy = ("default-src 'none'; script-src %s; style-src %s; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
-                       "form-action 'none'; frame-ancestors 'none'" % (hashes[b"script"].decode(), hashes[b"style"].decode()))
+        self.policy = ("default-src 'none'; script-src %s; style-src %s; img-src 'self' data:; connect-src 'self'; "
+                       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (hashes[b"script"].decode(), hashes[b"style"].decode()))
         super().__init__((host, port), _Handler)
 
     def service_actions(self):
@@ -275,7 +275,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._connections = {thread: socket_ for thread, socket_ in self._connections.items() if thread.is_alive()}
         if len(self._connections) >= CONNECTIONS:
             return self.shutdown_request(request)
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), name="live page", daemon=True)
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
         self._connections[thread] = request
         thread.start()
 
@@ -351,8 +351,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Headers and, but for HEAD, a body. body None: it follows."""
         self.close_connection = True
         self.send_response(code)
-        for name, value in (("Content-Type", kind), ("Content-Length", None if body is None else str(len(body))), ("Set-Cookie", cookie),
-                            ("Allow", "GET, HEAD" if allow else None), ("Content-Security-Policy", self.server.policy),
+        for name, value in (("Content-Type", kind), ("Content-Length", None if body is None else str(len(body))),
+                            ("Set-Cookie", cookie), ("Allow", "GET, HEAD" if allow else None),
+                            ("Content-Security-Policy", self.server.policy),
                             ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
                             ("Cross-Origin-Resource-Policy", "same-origin"), ("Cache-Control", "no-store")):
             if value is not None:
@@ -377,7 +378,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 if coded:
                     number, data = coded
                     # the boundary behind it too: browsers show a picture when the next one begins
-                    self.wfile.write(b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data) + data + b"\r\n" + BOUNDARY)
+                    self.wfile.write(b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n%s"
+                                     % (len(data), data, BOUNDARY))
                 elif select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
                     break  # the viewer has gone
         finally:

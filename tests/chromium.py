@@ -43,6 +43,7 @@ class Page:
             for domain in ("Page", "Runtime", "Log"):
                 self.call(domain + ".enable")
             self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone)
+            self.call("Emulation.setScrollbarsHidden", hidden=True)
             self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         except BaseException:
             self.close()

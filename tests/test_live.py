@@ -75,7 +75,8 @@ def status(page, since=0):
 
 
 def line(index=0, error=None, **more):
-    made = {"schema_version": 2, "frame": index, "source": "synthetic://9x9", "error": error, "capture_time_s": 1.0, "done_time_s": 2.0}
+    made = {"schema_version": 2, "frame": index, "source": "synthetic://9x9", "error": error, "capture_time_s": 1.0,
+            "done_time_s": 2.0}
     if not error:
         made.update({"height": 40, "width": 60, "area": dict(zip(CLASSES, (0.5, 0.25, 0.25))),
                      "latency_ms": {"read": 1.0, "run": 9.5}, "mask": None, "overlay": None, "samples": None})
@@ -123,8 +124,9 @@ def test_addresses(address, found):
     assert live.parse_address(address) == found
 
 
-@pytest.mark.parametrize("address", ["http://", "http://:8080", "https://127.0.0.1:8080", "http://127.0.0.1:80800", "http://a:b", "127.0.0.1:8080",
-                                     "http://127.0.0.1:8080/x", "http://me:hunter2@h:80", "http://h:80?token=hunter2", "http://::1:80", "http://a b"])
+@pytest.mark.parametrize("address", [
+    "http://", "http://:8080", "https://127.0.0.1:8080", "http://127.0.0.1:80800", "http://a:b", "127.0.0.1:8080", "http://a b",
+    "http://127.0.0.1:8080/x", "http://me:hunter2@h:80", "http://h:80?token=hunter2", "http://::1:80"])
 def test_no_addresses(address):
     with pytest.raises(UsageError, match="expected http://HOST:PORT") as caught:
         live.parse_address(address)
@@ -159,8 +161,10 @@ def test_nothing_without_the_token(token, path, serve, monkeypatch):
             code, answered, body = ask(page, path + end, **headers)
             assert (code, body) == (401, b"") and "Set-Cookie" not in answered
     assert ask(page, path + "?token=x", Cookie=page.cookie + "=" + query[len("token="):])[0] == 401, "what is shown is wrong"
-    for headers, end in (({}, "?" + query), ({"Authorization": "Bearer " + page.token} if not token else {}, "" if not token else "?" + query),
-                         ({"Cookie": "a=b; %s=%s; c=d" % (page.cookie, query[len("token="):])}, "")):
+    right = [({}, "?" + query), ({"Cookie": "a=b; %s=%s; c=d" % (page.cookie, query[len("token="):])}, "")]
+    if not token:  # a header holds plain letters
+        right.append(({"Authorization": "Bearer " + page.token}, ""))
+    for headers, end in right:
         code, answered, _body = ask(page, path + end, "HEAD", host="anything.example", **headers)
         assert code == good
         assert answered.get("Set-Cookie") == ("%s=%s; HttpOnly; SameSite=Strict; Path=/" % (page.cookie, query[len("token="):])
@@ -183,10 +187,11 @@ def test_a_name_that_is_not_loopback_is_refused(serve):
 
 def test_headers_methods_and_paths(serve, capfd):
     page = serve()
-    for method, path, code in (("GET", "/", 200), ("HEAD", "/", 200), ("HEAD", "/stream", 200), ("GET", "/status", 200), ("GET", "/absent", 404),
-                               ("GET", "/../live.py", 404), ("GET", "/%2e%2e/etc/passwd", 404), ("GET", "//etc/passwd", 404),
-                               ("GET", "/status?since=x", 400), ("GET", "/status?since=-1", 400), ("POST", "/", 405), ("PUT", "/x", 405),
-                               ("DELETE", "/", 405), ("OPTIONS", "/", 405), ("PROPFIND", "/", 405), ("TRACE", "/", 405)):
+    for method, path, code in (
+            ("GET", "/", 200), ("HEAD", "/", 200), ("HEAD", "/stream", 200), ("GET", "/status", 200), ("GET", "/absent", 404),
+            ("GET", "/../live.py", 404), ("GET", "/%2e%2e/etc/passwd", 404), ("GET", "//etc/passwd", 404), ("GET", "/live.html", 404),
+            ("GET", "/status?since=x", 400), ("GET", "/status?since=-1", 400), ("POST", "/", 405), ("PUT", "/x", 405),
+            ("DELETE", "/", 405), ("OPTIONS", "/", 405), ("PROPFIND", "/", 405), ("TRACE", "/", 405)):
         got, headers, body = ask(page, path, method)
         assert got == code, (method, path)
         assert bool(body) == (code == 200 and method == "GET")
@@ -349,7 +354,7 @@ def test_closing_ends_every_connection(serve):
     silent = socket.create_connection(("127.0.0.1", page.port))
     wait_for(lambda: status(page)["viewers"] == 2)
     page.close()
-    assert silent.recv(1) == b"" and not [t for t in threading.enumerate() if t.name == "live page"]
+    assert silent.recv(1) == b"" and not [t for t in threading.enumerate() if t is not threading.main_thread()]
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", page.port), timeout=5)
     silent.close()
@@ -411,7 +416,7 @@ def test_page_alone(number, code, model, tmp_path):
         assert one.shape == (240, 320, 3) and not np.array_equal(one, two)
         said = status(run)
         assert said["state"] == "running" and said["width"] == 320 and said["frames"] > 0 and said["source"] == "synthetic://320x240"
-        assert len(said["area"]) == 3 and "run" in said["latency_ms"] and sum(one["share"] for one in said["area"]) == pytest.approx(1)
+        assert "run" in said["latency_ms"] and sum(one["share"] for one in said["area"]) == pytest.approx(1)
         assert run.end(number)[0] == code
         viewer.close()
     assert "Traceback" not in run.said.decode() and not list(tmp_path.iterdir())
@@ -465,7 +470,8 @@ def test_results_are_the_same_with_and_without_a_page(model, tmp_path):
     ("--live http://127.0.0.1:{taken}", "port {taken} is in use. Take another: http://127.0.0.1:"),
     ("--output http://127.0.0.1:{taken}", "port {taken} is in use"), ("--live http://192.0.2.77:8080", "no address of this machine"),
     ("--live http://nosuch.invalid", "no address of this machine"), ("--live 8080", "expected http://HOST:PORT"),
-    ("--output https://127.0.0.1:8080", "expected http://HOST:PORT"), ("--output http://127.0.0.1:8080 --live http://127.0.0.1:8081", "both name a page"),
+    ("--output https://127.0.0.1:8080", "expected http://HOST:PORT"),
+    ("--output http://127.0.0.1:8080 --live http://127.0.0.1:8081", "both name a page"),
     ("--live http://127.0.0.1:8080 --benchmark", "leave --live out")])
 def test_wrong_usage(words, hint, model, tmp_path, capfd):
     with socket.socket() as taken:
@@ -561,9 +567,12 @@ def test_it_fits_and_shows_text_as_text(phone, browse, serve):
     seen.open(page.url)
     seen.wait("document.querySelectorAll('#areas li').length === 3")
     assert seen.value("document.documentElement.scrollWidth <= innerWidth") and seen.value("innerWidth") == (390 if phone else 1280)
-    boxes = seen.value("""['picture', 'figures', 'charts'].map(id => document.getElementById(id).getBoundingClientRect()).map(b => [b.left, b.right])""")
+    boxes = seen.value("""['picture', 'figures', 'charts'].map(id => document.getElementById(id).getBoundingClientRect())
+        .map(box => [box.left, box.right])""")
     assert not phone or len({tuple(box) for box in boxes}) == 1, "one column"
-    assert CLASSES[1] in seen.value("document.getElementById('areas').innerText") and not seen.value("!!document.querySelector('#areas b')")
-    assert "stall 1.5" in seen.value("document.getElementById('run').innerText") and "is damaged" in seen.value("document.body.innerText")
+    assert CLASSES[1] in seen.value("document.getElementById('areas').innerText")
+    assert not seen.value("!!document.querySelector('#areas b')")
+    assert "stall 1.5" in seen.value("document.getElementById('run').innerText")
+    assert "is damaged" in seen.value("document.body.innerText")
     assert seen.value("""[...document.querySelectorAll('img, svg[role=img]')].every(e => e.alt || e.getAttribute('aria-label'))""")
     assert seen.complaints == []
