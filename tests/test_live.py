@@ -332,7 +332,7 @@ def test_more_viewers_than_places(serve):
 
 def test_a_viewer_who_reads_nothing_holds_nobody_up(serve, monkeypatch):
     monkeypatch.setattr(live._Handler, "timeout", 1.0)
-    noise = np.random.RandomState(0).randint(0, 256, (700, 900, 3)).astype(np.uint8)  # 500 kB each
+    noise = np.random.RandomState(0).randint(0, 256, (400, 500, 3)).astype(np.uint8)  # 170 kB each
     page = serve()
     with socket.create_connection(("127.0.0.1", page.port)) as stalled:
         stalled.sendall(b"GET /stream HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -340,8 +340,8 @@ def test_a_viewer_who_reads_nothing_holds_nobody_up(serve, monkeypatch):
         viewer = Viewer(page)
         for _ in range(40):
             page.clock.now_s += 1
-            view = page.begin(700, 900)
-            view.add(0, noise, np.zeros((700, 900), np.uint8))
+            view = page.begin(400, 500)
+            view.add(0, noise, np.zeros((400, 500), np.uint8))
             page.show(view)
             viewer.next()  # in time, whatever the other does
         wait_for(lambda: status(page)["viewers"] == 1)
@@ -402,7 +402,7 @@ class Run:
     def __exit__(self, *unused):
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate()
+            self.process.communicate()
 
 
 MOVING = ("--input", "synthetic://320x240", "--frames", 10 ** 6)
