@@ -383,7 +383,7 @@ def normalise(pixels, mean, std):
 
 def blend(pixels, labels, palette):
     """Paint class colours over a picture, class 0 left clear. pixels (h, w, 3) uint8, labels (h, w) uint8,
-    palette list of (r, g, b). Returns (h, w, 3) uint8."""
+    palette list of (r, g, b). Returns (h, w, 3) uint8, read-only."""
     picture, colours = Image.fromarray(pixels), Image.fromarray(labels)
     colours.putpalette([value for colour in palette for value in colour])
     picture.paste(Image.blend(picture, colours.convert("RGB"), OVERLAY_OPACITY), mask=Image.fromarray(labels > 0))

@@ -244,7 +244,8 @@ def test_a_slow_net_is_not_a_lost_source(serve):
     assert status(page)["state"] == "no frames"
 
 
-def test_history(serve):
+def test_history(serve, monkeypatch):
+    monkeypatch.setattr(live.board, "zones", lambda: [{"celsius": 41.5}, {"celsius": 52.0}] if page.clock.now_s < 99 else [])
     page = serve()
     points = []
     for index in range(live.POINTS + 20):
@@ -258,6 +259,7 @@ def test_history(serve):
     # the server's own thread may have taken a point instead of ours, never one more than the clock allows
     assert [p["n"] for p in points] == list(range(1, len(points) + 1)) and 10 <= len(points) <= 11
     assert {p["latency_ms"] for p in points} == {None, 10.5} and all(p["rss_mib"] > 1 and p["available_mib"] > 1 for p in points)
+    assert {p["celsius"] for p in points} == {52.0} and status(page)["history"][-1]["celsius"] is None
     full = status(page)["history"]
     assert len(full) == live.POINTS and full[-1]["uptime_s"] - full[0]["uptime_s"] == live.POINT_S * (live.POINTS - 1)
     assert status(page, full[-4]["n"])["history"] == full[-3:] and status(page, full[-1]["n"])["history"] == []
@@ -468,7 +470,7 @@ def test_results_are_the_same_with_and_without_a_page(model, tmp_path):
 
 @pytest.mark.parametrize("words, hint", [
     ("--live http://127.0.0.1:{taken}", "port {taken} is in use. Take another: http://127.0.0.1:"),
-    ("--output http://127.0.0.1:{taken}", "port {taken} is in use"), ("--live http://192.0.2.77:8080", "no address of this machine"),
+    ("--output http://127.0.0.1:{taken}", "port {taken} is in use"), ("--live http://203.0.113.77:8080", "no address of this machine"),
     ("--live http://nosuch.invalid", "no address of this machine"), ("--live 8080", "expected http://HOST:PORT"),
     ("--output https://127.0.0.1:8080", "expected http://HOST:PORT"),
     ("--output http://127.0.0.1:8080 --live http://127.0.0.1:8081", "both name a page"),
