@@ -96,7 +96,7 @@ class Live:
 
     model, source: what the page calls them; classes, palette: their names and (r, g, b), by class id; health: a function that
     gives the source's health as it is now, None where it has none; clock: seconds that never go back.
-    .url: what to open, with the token. Raises UsageError for an address that cannot be had."""
+    .url: what to open, with the token; .closed: whether it has ended. Raises UsageError for an address that cannot be had."""
 
     def __init__(self, address, model, source, classes, palette, health=None, clock=time.monotonic):
         host, port = parse_address(address)
@@ -104,7 +104,7 @@ class Live:
         self._model, self._source, self._classes, self._palette = model, source, classes, palette
         self._health, self._clock, self._began_s, self._began_time_s = health or (lambda: None), clock, clock(), time.time()
         self._changed, self._encoding = threading.Condition(), threading.Lock()
-        self._viewers, self._closed = 0, False
+        self._viewers, self.closed = 0, False
         self._view, self._number, self._next_view_s, self._encoded = None, 0, 0.0, (0, b"")
         self._line, self._frames, self._failed, self._error = {}, 0, 0, None
         self._done_s = collections.deque(maxlen=20)
@@ -133,7 +133,7 @@ class Live:
     def show(self, view):
         """The View is whole: send it to who watches."""
         with self._changed:
-            self._view, self._number = view, self._number + 1
+            self._view, self._number = view if self._viewers else None, self._number + 1
             self._changed.notify_all()
 
     def write_line(self, line):
@@ -148,7 +148,7 @@ class Live:
     def close(self):
         """End the server and every connection; no thread is left."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify_all()
         self._server.shutdown()
         self._thread.join()
@@ -213,18 +213,14 @@ class Live:
         """(number, bytes) of the newest picture, encoded once for all; None when there is none after number `after`
         within timeout_s, or at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._view and self._number > after, timeout_s)
+            self._changed.wait_for(lambda: self.closed or self._view and self._number > after, timeout_s)
             view, number = self._view, self._number
-            if self._closed or view is None or number <= after:
+            if self.closed or view is None or number <= after:
                 return None
         with self._encoding:
             if self._encoded[0] < number:
                 self._encoded = number, view.jpeg(self._palette)
             return self._encoded
-
-    @property
-    def closed(self):
-        return self._closed
 
 
 def _own_name():

@@ -300,12 +300,15 @@ def test_nothing_is_painted_while_nobody_watches(serve, monkeypatch):
     for viewer in viewers:
         assert abs(viewer.next().astype(int) - 100).max() < 4
     assert painted == [1], "once for all"
+    page.clock.now_s += 1
+    begun = page.begin(40, 60)
     for viewer in viewers:
         viewer.close()
     wait_for(lambda: status(page)["viewers"] == 0)  # those who leave are noticed without a picture
+    page.show(begun)
     assert not shown(page, 101)
     late = Viewer(page)
-    assert status(page)["viewers"] == 1 and shown(page, 200)
+    assert status(page)["viewers"] == 1 and page.jpeg(0, 0) is None and shown(page, 200)
     assert late.next()[5, 5, 0] > 190, "not the picture of before"
     late.close()
 
