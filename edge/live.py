@@ -1,7 +1,8 @@
 """The live page of a run: the picture, figures and their last minutes in a browser, through the standard library's HTTP server.
 
 The loop only hands over: begin() gives it a View to fill, where somebody watches, show() and write_line() take what came.
-Painting, encoding and sending are done in the viewers' threads, and nobody waits for a viewer."""
+Painting, encoding and sending are done in the viewers' threads, and nobody waits for a viewer. The loop takes no lock and
+wakes nobody: Ctrl-C ends it between any two steps, and what it held then nobody could take any more."""
 import base64
 import collections
 import errno
@@ -38,6 +39,8 @@ POINTS = 300          # of the history
 POINT_S = 1.0         # between two of them
 VIEWERS = 8           # of the picture at a time
 CONNECTIONS = 32      # of any kind at a time
+LOOK_S = 0.03         # between two looks for a new picture
+RATE_FRAMES = 20      # over which frames per second are counted
 STALL_S = 10.0        # a viewer that takes nothing for so long is let go
 SEND_BYTES = 1 << 17  # that wait in the kernel for a viewer: what is older than a few pictures is of no use
 TOKEN, TOKEN_LENGTH = "NANOPATCH_TOKEN", 16
@@ -103,11 +106,11 @@ class Live:
         self.token = token_for(host)
         self._model, self._source, self._classes, self._palette = model, source, classes, palette
         self._health, self._clock, self._began_s, self._began_time_s = health or (lambda: None), clock, clock(), time.time()
-        self._changed, self._encoding = threading.Condition(), threading.Lock()
-        self._viewers, self.closed = 0, False
-        self._view, self._number, self._next_view_s, self._encoded = None, 0, 0.0, (0, b"")
-        self._line, self._frames, self._failed, self._error = {}, 0, 0, None
-        self._done_s = collections.deque(maxlen=20)
+        self.closed, self._number, self._next_view_s = False, 0, 0.0
+        self._shown = None               # (number, View): the loop replaces it as a whole
+        self._seen = {}, 0, 0, None, ()  # the same: last good line, frames done, failed, last error, when the last were done
+        self._lock, self._encoding = threading.Lock(), threading.Lock()  # of the server's threads, for the rest
+        self._viewers, self._encoded = 0, (0, b"")
         self._history, self._next_point_s, self._charted = collections.deque(maxlen=POINTS), 0.0, 0
         self._server = _listen(address, host, port, self)
         port = self._server.server_address[1]
@@ -119,37 +122,33 @@ class Live:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(POINT_S / 4,), name="live page", daemon=True)
         self._thread.start()
 
-    # --- what the loop calls: none of it waits for a viewer ---
+    # --- what the loop calls ---
 
     def begin(self, height, width):
         """A View of the next frame to be filled; None where nobody watches or the last one is too new."""
         now_s = self._clock()
-        with self._changed:
-            if not self._viewers or now_s < self._next_view_s:
-                return None
-            self._next_view_s = now_s + 1 / VIEWS_PER_S
+        if not self._viewers or now_s < self._next_view_s:
+            return None
+        self._next_view_s = now_s + 1 / VIEWS_PER_S
         return View(height, width)
 
     def show(self, view):
         """The View is whole: send it to who watches."""
-        with self._changed:
-            self._view, self._number = view if self._viewers else None, self._number + 1
-            self._changed.notify_all()
+        self._number += 1
+        self._shown = (self._number, view) if self._viewers else None
 
     def write_line(self, line):
         """A result, as it goes to results.jsonl."""
-        with self._changed:
-            self._done_s.append(self._clock())
-            if line["error"]:
-                self._failed, self._error = self._failed + 1, {"text": line["error"], "frame": line["frame"]}
-            else:
-                self._line, self._frames = line, self._frames + 1
+        before, frames, failed, error, done_s = self._seen
+        done_s = (done_s + (self._clock(),))[-RATE_FRAMES:]
+        if line["error"]:
+            self._seen = before, frames, failed + 1, {"text": line["error"], "frame": line["frame"]}, done_s
+        else:
+            self._seen = line, frames + 1, failed, error, done_s
 
     def close(self):
         """End the server and every connection; no thread is left."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
+        self.closed = True
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -165,9 +164,10 @@ class Live:
         self._next_point_s = now_s + POINT_S
         available_mib = memory.field_mib(memory.read_text("/proc/meminfo"), "MemAvailable")
         celsius = max([zone["celsius"] for zone in board.zones()], default=None)
-        with self._changed:
-            latency = sum(self._line["latency_ms"].values()) if self._frames > self._charted else None
-            self._charted = self._frames
+        line, frames = self._seen[:2]
+        latency = sum(line["latency_ms"].values()) if frames > self._charted else None
+        self._charted = frames
+        with self._lock:
             self._history.append({"n": self._history[-1]["n"] + 1 if self._history else 1, "uptime_s": now_s - self._began_s,
                                   "latency_ms": latency, "rss_mib": memory.rss_mib(), "available_mib": available_mib,
                                   "celsius": celsius})
@@ -175,52 +175,54 @@ class Live:
     def status(self, since=0):
         """What the page shows, as a dict that JSON can hold; of the history the points after number `since`."""
         health, now_s = self._health(), self._clock()
-        with self._changed:
-            line = self._line
-            first_s, last_s, count = (self._done_s[0], self._done_s[-1], len(self._done_s)) if self._done_s else (0, 0, 0)
-            waiting_s = now_s - (last_s if count else self._began_s)
-            rate = (count - 1) / max(now_s - first_s, 1e-6) if count > 1 else 0.0
-            known = line.get("health") or {}
-            late = waiting_s > max(3.0, 4 * (last_s - first_s) / max(1, count - 1))
-            state = ("running" if count and not late else
-                     "source lost" if health and health["restarts"] > known.get("restarts", 0) else
-                     "no frames" if late else "starting")
-            return {
-                "state": state, "waiting_s": waiting_s, "uptime_s": now_s - self._began_s, "began_time_s": self._began_time_s,
-                "model": self._model, "source": self._source, "frame": line.get("frame"), "origin": line.get("source"),
-                "width": line.get("width"), "height": line.get("height"), "frames": self._frames, "failed": self._failed,
-                "frames_per_s": rate, "latency_ms": line.get("latency_ms", {}),
-                "area": [{"name": name, "share": line.get("area", {}).get(name), "colour": list(colour)}
-                         for name, colour in zip(self._classes, self._palette)],
-                "health": health or line.get("health"), "error": self._error, "viewers": self._viewers,
-                "more": {name: value for name, value in line.items() if name not in KNOWN},
-                "history": [point for point in self._history if point["n"] > since]}
+        line, frames, failed, error, done_s = self._seen
+        waiting_s = now_s - (done_s[-1] if done_s else self._began_s)
+        between = max(1, len(done_s) - 1)
+        late = waiting_s > max(3.0, 4 * (done_s[-1] - done_s[0]) / between if done_s else 0.0)
+        state = ("running" if done_s and not late else
+                 "source lost" if health and health["restarts"] > (line.get("health") or {}).get("restarts", 0) else
+                 "no frames" if late else "starting")
+        with self._lock:
+            history = [point for point in self._history if point["n"] > since]
+        return {
+            "state": state, "waiting_s": waiting_s, "uptime_s": now_s - self._began_s, "began_time_s": self._began_time_s,
+            "model": self._model, "source": self._source, "frame": line.get("frame"), "origin": line.get("source"),
+            "width": line.get("width"), "height": line.get("height"), "frames": frames, "failed": failed,
+            "frames_per_s": between / max(now_s - done_s[0], 1e-6) if len(done_s) > 1 else 0.0,
+            "latency_ms": line.get("latency_ms", {}),
+            "area": [{"name": name, "share": line.get("area", {}).get(name), "colour": list(colour)}
+                     for name, colour in zip(self._classes, self._palette)],
+            "health": health or line.get("health"), "error": error, "viewers": self._viewers,
+            "more": {name: value for name, value in line.items() if name not in KNOWN}, "history": history}
 
     def enter(self):
         """One more who watches the picture. False when there are enough."""
-        with self._changed:
+        with self._lock:
             free = self._viewers < VIEWERS
             self._viewers += free
             return free
 
     def leave(self):
-        with self._changed:
+        with self._lock:
             self._viewers -= 1
             if not self._viewers:
-                self._view = None  # the next one shall not see an old picture
+                self._shown = None  # the next one shall not see an old picture
 
     def jpeg(self, after, timeout_s):
         """(number, bytes) of the newest picture, encoded once for all; None when there is none after number `after`
         within timeout_s, or at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.closed or self._view and self._number > after, timeout_s)
-            view, number = self._view, self._number
-            if self.closed or view is None or number <= after:
-                return None
-        with self._encoding:
-            if self._encoded[0] < number:
-                self._encoded = number, view.jpeg(self._palette)
-            return self._encoded
+        end_s = time.monotonic() + timeout_s
+        while not self.closed:
+            shown = self._shown
+            if shown and shown[0] > after:
+                with self._encoding:
+                    if self._encoded[0] < shown[0]:
+                        self._encoded = shown[0], shown[1].jpeg(self._palette)
+                    return self._encoded
+            if time.monotonic() >= end_s:
+                break
+            time.sleep(LOOK_S)
+        return None
 
 
 def _own_name():
@@ -288,7 +290,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except OSError:
                 pass  # the visitor was faster
         for thread in self._connections:
-            thread.join()
+            thread.join(STALL_S)  # a source that hangs could hold the one who asks for its health
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

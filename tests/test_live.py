@@ -323,6 +323,20 @@ def test_the_picture_is_the_overlay(serve):
     viewer.close()
 
 
+def test_the_loop_waits_for_no_lock(serve):
+    """Ctrl-C between two steps of the loop can leave nothing locked, where it locks nothing."""
+    page = serve()
+    viewer = Viewer(page)
+    wait_for(lambda: status(page)["viewers"] == 1)
+    with page._lock, page._encoding:
+        loop = threading.Thread(target=lambda: (shown(page, 100), page.write_line(line())), daemon=True)
+        loop.start()
+        loop.join(30)
+        assert not loop.is_alive()
+    assert viewer.next().shape == (40, 60, 3) and status(page)["frames"] == 1
+    viewer.close()
+
+
 def test_more_viewers_than_places(serve):
     page = serve()
     viewers = [Viewer(page) for _ in range(live.VIEWERS)]
