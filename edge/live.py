@@ -263,7 +263,8 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         hashes = {tag: b"'sha256-%s'" % base64.b64encode(hashlib.sha256(
             re.search(b"<%s>(.*?)</%s>" % (tag, tag), self.page, re.S).group(1)).digest()) for tag in (b"script", b"style")}
         self.policy = ("default-src 'none'; script-src %s; style-src %s; img-src 'self' data:; connect-src 'self'; "
-                       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (hashes[b"script"].decode(), hashes[b"style"].decode()))
+                       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+                       % (hashes[b"script"].decode(), hashes[b"style"].decode()))
         super().__init__((host, port), _Handler)
 
     def service_actions(self):
