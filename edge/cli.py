@@ -10,7 +10,7 @@ from edge import backends, contract, loop, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import UsageError
 from edge.pipeline import Segmenter
-from edge.sinks import Sinks, is_film, lines_beside
+from edge.sinks import Sinks, is_film, is_page, lines_beside
 from edge.sources import open_source, uri
 
 
@@ -18,6 +18,7 @@ class EdgeConfig(NamedTuple):
     engine: str = ""
     input: str = ""
     output: str = "runs/edge"
+    live: str = ""
     overlay: bool = True
     backend: str = "auto"
     resize: str = "model"
@@ -48,7 +49,9 @@ HELPS = {
     "input": "an image, a folder, a glob in quotes, a sequence (img_%%04d.png), a video, csi://N, /dev/videoN, rtsp://HOST/PATH, "
              "'gst://PIPELINE' up to raw video, or synthetic://WIDTHxHEIGHT",
     "output": "a folder for masks, overlays and results.jsonl; or FILE.png, FILE.jsonl, a video of the overlays as FILE.mp4 or "
-              "FILE.mkv (with FILE.jsonl), or - for JSON lines on stdout",
+              "FILE.mkv (with FILE.jsonl), - for JSON lines on stdout, or http://HOST:PORT for the live page alone",
+    "live": "http://HOST:PORT of a page that shows the run in a browser, beside --output: http://127.0.0.1:8080 for this machine "
+            "alone; http://0.0.0.0:8080 for the network, with a token",
     "overlay": "also write the mask painted over the image; deform: and where the samples were taken. A video without it "
                "shows the mask in its colours",
     "backend": "who computes the net; auto: by the model file's suffix",
@@ -89,6 +92,10 @@ def check(config):
             raise UsageError("--%s is %d, expected %d or more" % (name.replace("_", "-"), getattr(config, name), least))
     if config.json and config.output == "-":
         raise UsageError("--json and --output - both write to stdout; give one of them")
+    if config.live and is_page(config.output):
+        raise UsageError("--live and --output both name a page; give one of them")
+    if config.live and config.benchmark:
+        raise UsageError("--benchmark shows no page; leave --live out")
 
 
 def check_not_input(config):
@@ -105,6 +112,21 @@ def source_options(config):
     return uri.Options(config.input_width, config.input_height, config.input_rate, config.input_flip, config.input_rtsp_latency,
                        config.input_codec, config.policy, config.frame_timeout, config.frozen_after, config.black_after,
                        config.patience)
+
+
+@contextlib.contextmanager
+def live_page(config, source, pipeline):
+    """A live.Live of the run, or None where none is asked for."""
+    address = config.live or is_page(config.output) and config.output
+    if not address:
+        yield None
+        return
+    from edge.live import Live  # a server costs nothing where there is none
+    page = Live(address, os.path.basename(config.engine), uri.parse(config.input).shown, pipeline.classes, pipeline.palette,
+                getattr(source, "health", None))
+    with contextlib.closing(page):
+        say("live page: %s" % page.url)
+        yield page
 
 
 @contextlib.contextmanager
@@ -140,14 +162,15 @@ def main(argv):
             Segmenter(made, files, backend, config.threads, config.resize, config.still) as pipeline:
         if config.benchmark:
             return _benchmark(config, source, pipeline)
-        with contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay, config.input_rate)) as sinks:
+        with live_page(config, source, pipeline) as page, \
+                contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay, config.input_rate, page)) as sinks:
             done, failed, health = loop.run(source, pipeline, sinks)
     if health:
         health = source.health()  # what was dropped at the end counts too
     film = {"frames": sinks.recorder.frames, "error": sinks.recorder.error} if sinks.recorder else None
     say("%d frame%s done, %d failed%s%s" % (
         done, "" if done == 1 else "s", len(failed), ", %(dropped)d dropped, %(restarts)d restarts" % health if health else "",
-        "" if config.output == "-" else ", results in %s" % config.output if not film else
+        "" if config.output == "-" or is_page(config.output) else ", results in %s" % config.output if not film else
         ", results in %s, %d frames of video in %s" % (lines_beside(config.output), film["frames"], config.output)))
     if config.json:
         said = {"frames": done, "failed": failed, "output": config.output, "health": health, "recording": film}

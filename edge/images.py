@@ -383,9 +383,8 @@ def normalise(pixels, mean, std):
 
 def blend(pixels, labels, palette):
     """Paint class colours over a picture, class 0 left clear. pixels (h, w, 3) uint8, labels (h, w) uint8,
-    palette list of (r, g, b). Returns (h, w, 3) uint8."""
-    colours, out = np.array(palette, np.float32), np.array(pixels)
-    painted = labels > 0
-    under = out[painted]  # only these: a band of a wide image is large in float
-    out[painted] = under + (colours[labels[painted]] - under) * OVERLAY_OPACITY
-    return out
+    palette list of (r, g, b). Returns (h, w, 3) uint8, read-only."""
+    picture, colours = Image.fromarray(pixels), Image.fromarray(labels)
+    colours.putpalette([value for colour in palette for value in colour])
+    picture.paste(Image.blend(picture, colours.convert("RGB"), OVERLAY_OPACITY), mask=Image.fromarray(labels > 0))
+    return np.asarray(picture)

@@ -1,6 +1,7 @@
 """Where results go: mask and overlay pictures, JSON lines. Masks are written band by band as they come."""
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -17,6 +18,11 @@ def is_film(output):
     return output.lower().endswith(FILM)
 
 
+def is_page(output):
+    """Whether --output names a live page."""
+    return re.match(r"(?i)https?://", output) is not None
+
+
 def lines_beside(film):
     """The file of JSON lines that belongs to a video."""
     return os.path.splitext(film)[0] + ".jsonl"
@@ -24,15 +30,18 @@ def lines_beside(film):
 
 class Sinks:
     """The outputs of one run. output: a folder (masks, overlays, results.jsonl), a .png (one mask), a .jsonl, a
-    .mp4 or .mkv (a video of the overlays; of the masks in their colours without overlay; JSON lines beside it), or '-' (JSON
-    lines on stdout). rate: frames per second of that video; 0: the source's."""
+    .mp4 or .mkv (a video of the overlays; of the masks in their colours without overlay; JSON lines beside it), '-' (JSON
+    lines on stdout), or a http:// address (no files). rate: frames per second of that video; 0: the source's.
+    live: a live.Live that sees what passes, or None; it is not closed."""
 
-    def __init__(self, output, palette, overlay, rate=0.0):
-        self.recorder = None
+    def __init__(self, output, palette, overlay, rate=0.0, live=None):
+        self.recorder, self._live = None, live
         self._palette, self._one_mask, self._folder, self._overlay = palette, None, None, overlay
         self._lines, self._count = None, 0
         if output == "-":
             self._lines = sys.stdout
+        elif is_page(output):
+            pass
         elif output.endswith((".png", ".jsonl")):
             os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
             if output.endswith(".png"):
@@ -45,7 +54,8 @@ class Sinks:
             self.recorder, self._colours = Recorder(output, rate), np.array(palette, np.uint8)
             self._lines = open(lines_beside(output), "w", encoding="utf-8")
         elif "." in os.path.basename(output.rstrip("/")) and not os.path.isdir(output):
-            raise UsageError("--output %s: expected a folder, a file ending in .png, .jsonl, .mp4 or .mkv, or -" % output)
+            raise UsageError("--output %s: expected a folder, a file ending in .png, .jsonl, .mp4 or .mkv, http://HOST:PORT, or -"
+                             % output)
         else:
             os.makedirs(output, exist_ok=True)
             self._folder = output
@@ -71,8 +81,9 @@ class Sinks:
         counts = np.zeros(len(self._palette), np.int64)
         size = (picture.height, picture.width)
         room = self.recorder.begin(size[0], size[1], frame.rate) if self.recorder else None
+        view = self._live.begin(size[0], size[1]) if self._live else None
         # a reader of its own: the net reads ahead of the overlay
-        behind = frame.open() if overlay_path or room is not None and self._overlay else None
+        behind = frame.open() if overlay_path or view or room is not None and self._overlay else None
         mask = over = None
         try:
             if mask_path:
@@ -89,6 +100,8 @@ class Sinks:
                 if room is not None:
                     room[y:y + len(labels)] = (blend(behind.window(y, 0, y + len(labels), size[1]), labels) if self._overlay
                                                else self._colours[labels])
+                if view:
+                    view.add(y, behind.window(y, 0, y + len(labels), size[1]), labels)
                 y += len(labels)
                 lap("write")
             for png in filter(None, (mask, over)):
@@ -99,6 +112,8 @@ class Sinks:
             raise
         if room is not None:
             self.recorder.commit()
+        if view:
+            self._live.show(view)
         lap("write")
         return mask_path, overlay_path, counts
 
@@ -117,6 +132,8 @@ class Sinks:
         if self._lines:
             self._lines.write(json.dumps(result, sort_keys=True) + "\n")
             self._lines.flush()
+        if self._live:
+            self._live.write_line(result)
 
     def close(self):
         try:
