@@ -13,13 +13,13 @@ MODES = ("auto", "off")
 LOOK_S = 0.5     # at least, between two looks: a mark is seen within 1 s, and looking stays a small share of the work
 CHANGE_S = 30.0  # at least, between two changes, and of calm before a step back: a heat sink shows a change that late
 
-# MiB left: so little is critical, or short, and so much is fine. A decoder that is started again takes about 100 MiB, and the
-# kernel begins to kill at some tens. Fine lies half above short: what a level gives back is no recovery.
+# MiB left: so little is critical, or short, and so much is fine. Chosen, not measured: a 4 GB board has lived off its swap for
+# long at 256, and at 96 one large allocation may get us killed. Fine is half above short: what a level gives back is no recovery.
 MEMORY_MIB = (96.0, 256.0, 384.0)
 SMALL_MIB = 2048.0  # where there is less than this in all, the marks shrink with it: a group of 300 MiB is not always short
 
-# C below the passive trip point, at which the board itself slows down: so near is hot, so far is fine. We begin earlier than
-# the board, for it lowers clocks in large steps; and 5 C lie between the marks, twice what a heat sink swings by.
+# C below the passive trip point, at which the board itself slows down: so near is hot, so far is fine. We begin before the
+# board does; 5 C lie between the marks, so that a chip that cools in its first pause is no recovery.
 HOT_C, COOL_C = 3.0, 8.0
 FALLBACK_C = (95.0, 100.0)  # passive and hot trip points of a zone that names none: below a Nano's own, 97 and 100.5
 TRIPS_C = (60.0, 120.0)     # trip points outside are nonsense, or not those of silicon
