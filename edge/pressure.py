@@ -102,7 +102,7 @@ class Throttling:
         self._mode, self._highs, self._counts, self._alarm = self._read()
 
     def _read(self):
-        highs = {name: row["high"] for name, row in board.clocks(self._root, ("high",)).items() if row["high"]}
+        highs = {name: row["high"] for name, row in board.clocks(self._root, ("high",)).items() if (row["high"] or 0) > 0}
         return (board.line(self._root, "/var/lib/nvpmodel/status"), highs, board.over_currents(self._root),
                 board.last_over_current(self._root))
 
@@ -118,7 +118,7 @@ class Throttling:
         if alarm and alarm != self._alarm:
             found.append("the kernel logged an alarm of the power supply")
         self._highs.update((name, max(high, self._highs.get(name, 0))) for name, high in highs.items())
-        self._mode, self._counts, self._alarm = mode, counts, alarm
+        self._mode, self._counts, self._alarm = mode, counts, alarm or self._alarm
         return Finding("throttled", SHORT if found else FINE, found[0] if found else "no clock is lowered")
 
 
