@@ -138,7 +138,7 @@ class Pressure:
         self._root, self._clock, self._tell = root, clock, tell
         self._longest_s = 1.0 / least_rate if least_rate else float("inf")
         self._looked_s = self._changed_s = self._uneasy_s = self._began_s = float("-inf")
-        self._throttling = Throttling(root) if mode == "auto" else None
+        self._throttling, self._known_zones = Throttling(root) if mode == "auto" else None, []
 
     @property
     def scale(self):
@@ -165,7 +165,7 @@ class Pressure:
         if self._throttling is None or now_s - self._looked_s < LOOK_S:
             return
         self._looked_s = now_s
-        findings = [judge_memory(memory.rooms_mib(self._root)), judge_heat(board.zones(self._root)), self._throttling.judge()]
+        findings = [judge_memory(memory.rooms_mib(self._root)), judge_heat(self._zones()), self._throttling.judge()]
         worst = max(findings, key=lambda finding: finding.state)
         if worst.state > FINE:
             self._uneasy_s = now_s
@@ -174,6 +174,13 @@ class Pressure:
             self._change(deepest if worst.state == CRITICAL else min(deepest, self.level + 1), worst, now_s)
         elif now_s - self._uneasy_s >= CHANGE_S and self.level:
             self._change(self.level - 1, next(finding for finding in findings if finding.kind == self.cause), now_s)
+
+    def _zones(self):
+        """board.zones(), their trip points read only when zones come or go."""
+        zones = board.zones(self._root, with_trips=False)
+        if [zone["name"] for zone in zones] != [zone["name"] for zone in self._known_zones]:
+            zones = self._known_zones = board.zones(self._root)
+        return [dict(zone, trips=known["trips"]) for zone, known in zip(zones, self._known_zones)]
 
     def _change(self, level, finding, now_s):
         if level != self.level and now_s - self._changed_s >= CHANGE_S:

@@ -164,16 +164,16 @@ def gpu_load(root="/"):
     return None
 
 
-def zones(root="/"):
+def zones(root="/", with_trips=True):
     """List of {name, celsius, trips: {kind: celsius}}; of several trip points of a kind the lowest. Left out: sensors
-    that are off, and PMIC, a constant."""
+    that are off, and PMIC, a constant. Trip points are most of the reading; without them trips is {}."""
     found = []
     for folder in _paths(root, "/sys/class/thermal/thermal_zone*"):
         name, now = line(root, folder + "/type"), integer(line(root, folder + "/temp"))
         if not name or now is None or now <= -256000 or "pmic" in name.lower():
             continue
         trips = {}
-        for path in _paths(root, folder + "/trip_point_*_temp"):
+        for path in _paths(root, folder + "/trip_point_*_temp") if with_trips else ():
             kind = line(root, path[:-len("temp")] + "type")
             limit = integer(line(root, path))
             if kind and limit is not None and limit > 0:
