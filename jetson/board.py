@@ -145,8 +145,9 @@ def clocks(root="/", wanted=("now", "low", "high", "top")):
     for folder in _paths(root, "/sys/class/devfreq/*"):
         if _GPU.search(os.path.basename(folder)):
             files = {"now": "cur_freq", "low": "min_freq", "high": "max_freq", "top": "available_frequencies"}
-            rows = {name: [integer(word) for word in (read(root, "%s/%s" % (folder, files[name])) or "").split()] for name in wanted}
-            found.setdefault("gpu", {name: max([hz for hz in row if hz] or [0]) // 1000 or None for name, row in rows.items()})
+            rows = [[integer(word) for word in (read(root, "%s/%s" % (folder, files[name])) or "").split()] for name in wanted]
+            most = [max([hz for hz in row if hz] or [0]) // 1000 or None for row in rows]
+            found.setdefault("gpu", dict(zip(wanted, most)))
     for folder in _paths(root, "/sys/devices/system/cpu/cpu[0-9]*/cpufreq"):
         files = {"now": "scaling_cur_freq", "low": "scaling_min_freq", "high": "scaling_max_freq", "top": "cpuinfo_max_freq"}
         found[os.path.basename(os.path.dirname(folder))] = {

@@ -90,9 +90,9 @@ def control_groups(process="self", root="/"):
 
 def _groups(root="/"):
     """(folder, limit in MiB) of those of our control groups that have a limit."""
-    read = [(folder, integer(read_text(_below(root, folder, "memory.limit_in_bytes" if version == 1 else "memory.max")).strip()))
+    read = [(folder, read_text(_below(root, folder, "memory.limit_in_bytes" if version == 1 else "memory.max")).strip())
             for version, folder in control_groups(root=root)]
-    return [(folder, limit / 2.0 ** 20) for folder, limit in read if limit]  # 19 digits stand for no limit
+    return [(folder, int(text) / 2.0 ** 20) for folder, text in read if re.match("[0-9]{1,19}$", text)]
 
 
 def _below(root, folder, name):
@@ -100,11 +100,12 @@ def _below(root, folder, name):
 
 
 def rooms_mib(root="/"):
-    """What can still be taken, of the machine and of each of our control groups that has a limit: list of (left, limit) in
+    """What can still be taken, of the machine and of each of our control groups with a smaller limit: list of (left, limit) in
     MiB. Page cache counts as left, for the kernel drops it first. What cannot be read is left out; never raises."""
     info = read_text(os.path.join(root, "proc/meminfo"))
-    found = [(field_mib(info, "MemAvailable"), field_mib(info, "MemTotal"))]
-    for folder, limit in _groups(root):
+    total = field_mib(info, "MemTotal")
+    found = [(field_mib(info, "MemAvailable"), total)]
+    for folder, limit in [(folder, limit) for folder, limit in _groups(root) if total is None or not limit >= total]:
         used = [integer(read_text(_below(root, folder, name)).strip()) for name in ("memory.usage_in_bytes", "memory.current")]
         stat = dict(line.partition(" ")[::2] for line in read_text(_below(root, folder, "memory.stat")).splitlines())
         cache = sum(integer(stat.get("total_" + name, stat.get(name))) or 0 for name in ("inactive_file", "active_file"))

@@ -41,7 +41,8 @@ class Board:
         self.pressure = self.make(**options)
 
     def make(self, tiled=True, **options):
-        return Pressure(tiled, root=self.root, clock=self.clock, tell=lambda text: self.said.append((self.clock.now, text)), **options)
+        return Pressure(tiled, root=self.root, clock=self.clock, tell=lambda text: self.said.append((self.clock.now, text)),
+                        **options)
 
     def write(self, files=(), mib=None, celsius=None, mhz=None, cpu_mhz=None):
         files = dict(files)
@@ -84,16 +85,18 @@ TROUBLES = {
     "cpu clock": (dict(cpu_mhz=918), "throttled", "cpu0 at most 918 MHz, 1479 before"),
     "counted alarm": (dict(files={"/sys/class/hwmon/hwmon4/oc1_event_cnt": "8\n"}), "throttled",
                       "oc1 counted 8 alarms of the power supply, 7 before"),
-    "logged alarm": (dict(files={"/var/log/kern.log": "[1] soctherm: OC ALARM 0x1\nmore\n[9] soctherm: OC ALARM 0x1\n"}), "throttled",
-                     "the kernel logged an alarm of the power supply"),
+    "logged alarm": (dict(files={"/var/log/kern.log": "[1] soctherm: OC ALARM 0x1\nmore\n[9] soctherm: OC ALARM 0x1\n"}),
+                     "throttled", "the kernel logged an alarm of the power supply"),
     "group, version 1": (dict(files={
         "/proc/self/cgroup": "4:memory:/box\n", V1 + "memory.limit_in_bytes": "%d\n" % (1024 << 20),
-        V1 + "memory.usage_in_bytes": "%d\n" % (1020 << 20), V1 + "memory.stat": "total_inactive_file %d\ntotal_active_file %d\n" % (
-            60 << 20, 36 << 20)}), "memory", "100 of 1024 MiB of memory left, limit 128"),
+        V1 + "memory.usage_in_bytes": "%d\n" % (1020 << 20),
+        V1 + "memory.stat": "total_inactive_file %d\ntotal_active_file %d\n" % (60 << 20, 36 << 20)}), "memory",
+        "100 of 1024 MiB of memory left, limit 128"),
     "group, version 2": (dict(files={
-        "/proc/self/cgroup": "0::/box/inner\n", V2 + "memory.max": "%d\n" % (4096 << 20), V2 + "memory.current": "%d\n" % (4000 << 20),
-        V2 + "memory.stat": "anon 1\ninactive_file %d\n" % (60 << 20), V2 + "inner/memory.max": "max\n"}), "memory",
-        "156 of 4096 MiB of memory left, limit 256"),
+        "/proc/self/cgroup": "0::/box/inner\n", V2 + "memory.max": "%d\n" % (3000 << 20),
+        V2 + "memory.current": "%d\n" % (2904 << 20), V2 + "memory.stat": "anon 1\ninactive_file %d\n" % (60 << 20),
+        V2 + "inner/memory.max": "max\n"}), "memory",
+        "156 of 3000 MiB of memory left, limit 256"),
 }
 
 
@@ -220,7 +223,8 @@ def test_nonsense_is_no_pressure(nano, content):
         nano.write({path: before})
         nano.pressure = nano.make()
         nano.run(1, 0.5)
-        nano.write({path: b"TotalMem 5\nMemAvailable: %s kB\nMemTotal: %s kB\n" % (content, content) if "meminfo" in path else content})
+        torn = b"TotalMem 5\nMemAvailable: %s kB\nMemTotal: %s kB\n" % (content, content)
+        nano.write({path: torn if "meminfo" in path else content})
         assert set(nano.run(2, 0.5)) == {0}, path  # and in between
         nano.write({path: before})
 
@@ -245,8 +249,8 @@ def test_no_sensors_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("trips, expected", [
-    (TRIPS, (97, 100.5)), ([], (95, 100)), ([("passive", 30000), ("active", 50000)], (95, 100)), ([("critical", 85000)], (80, 85)),
-    ([("passive", 97000)], (97, 102)), ([("passive", 97000), ("hot", 70000), ("critical", 105000)], (97, 102)),
+    (TRIPS, (97, 100.5)), ([], (95, 100)), ([("passive", 30000), ("active", 50000)], (95, 100)),
+    ([("critical", 85000)], (80, 85)), ([("passive", 97000)], (97, 102)), ([("passive", 97000), ("hot", 70000), ("critical", 105000)], (97, 102)),
     ([("passive", 250000), ("hot", 99000)], (94, 99))])
 def test_trip_points(tmp_path, trips, expected):
     from jetson import board
@@ -265,7 +269,7 @@ def test_marks_shrink_with_a_small_limit():
         pressure.CRITICAL, pressure.SHORT, pressure.UNEASY, pressure.FINE]
     assert [pressure.judge_memory([(left, 65536.0)]).state for left in (96, 256, 383, 384)] == [
         pressure.CRITICAL, pressure.SHORT, pressure.UNEASY, pressure.FINE]
-    assert pressure.judge_memory([(9000.0, 65536.0), (10.0, 512.0)]).state == pressure.CRITICAL, "the machine is fine, the group is not"
+    assert pressure.judge_memory([(9000.0, 65536.0), (10.0, 512.0)]).state == pressure.CRITICAL, "the group alone is short"
 
 
 # --- invariants -----------------------------------------------------------------------------------------------------
@@ -331,8 +335,8 @@ def test_floors():
 
 
 @pytest.mark.parametrize("level, work_s, least_rate, pause_s", [
-    (0, 0.1, 1.0, 0.0), (1, 0.1, 1.0, 0.1), (2, 0.1, 1.0, 0.3), (3, 0.1, 1.0, 0.3), (2, 0.4, 1.0, 0.6), (1, 2.0, 1.0, 0.0), (2, 2.0, 0.0, 6.0),
-    (2, 2.0, 0.2, 3.0)])
+    (0, 0.1, 1.0, 0.0), (1, 0.1, 1.0, 0.1), (2, 0.1, 1.0, 0.3), (3, 0.1, 1.0, 0.3), (2, 0.4, 1.0, 0.6), (1, 2.0, 1.0, 0.0),
+    (2, 2.0, 0.0, 6.0), (2, 2.0, 0.2, 3.0)])
 def test_pauses_and_the_least_rate(nano, level, work_s, least_rate, pause_s):
     nano.write(mib=300)  # neither short nor fine
     nano.pressure = nano.make(least_rate=least_rate)
@@ -494,7 +498,8 @@ def test_a_pause_ends_at_once(nano, model, number, code):
     """Of a pause of hours."""
     nano.write(mib=50)
     process = subprocess.Popen(
-        [sys.executable, "-c", PAUSED, nano.root, "--engine", model, "--input", "synthetic://64x48", "--least-rate", "0", "--output", "-"],
+        [sys.executable, "-c", PAUSED, nano.root, "--engine", model, "--input", "synthetic://64x48", "--least-rate", "0",
+         "--output", "-"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=ROOT))
     assert json.loads(process.stdout.readline().decode())["level"] == 4
     time.sleep(0.3)
@@ -516,7 +521,8 @@ def test_flags_of_the_command(nano, model, monkeypatch, capfd):
     nano.write(mib=50)
     under(nano.root, monkeypatch, cli)
     words = ["--engine", model, "--input", "synthetic://64x48", "--frames", "1", "--output", "-"]
-    for more, level in (([], 4), (["--pressure", "off"], 0), (["--least-scale", "1"], 2), (["--least-scale", "0.7", "--least-rate", "9"], 3)):
+    for more, level in (([], 4), (["--pressure", "off"], 0), (["--least-scale", "1"], 2),
+                        (["--least-scale", "0.7", "--least-rate", "9"], 3)):
         assert cli.main(words + more) == 0
         out, err = capfd.readouterr()
         assert json.loads(out)["level"] == level and err.count("pressure: ") == (level > 0)

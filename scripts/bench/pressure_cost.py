@@ -28,7 +28,8 @@ def nano(root):
     for zone in range(8):
         files.update({"sys/class/thermal/thermal_zone%d/%s" % (zone, name): value for name, value in (
             ("type", "zone-%d" % zone), ("temp", 45000), ("trip_point_0_temp", 102500), ("trip_point_0_type", "critical"),
-            ("trip_point_1_temp", 100500), ("trip_point_1_type", "hot"), ("trip_point_2_temp", 97000), ("trip_point_2_type", "passive"))})
+            ("trip_point_1_temp", 100500), ("trip_point_1_type", "hot"), ("trip_point_2_temp", 97000),
+            ("trip_point_2_type", "passive"))})
     for path, value in files.items():
         os.makedirs(os.path.join(root, os.path.dirname(path)), exist_ok=True)
         with open(os.path.join(root, path), "w") as handle:
@@ -116,7 +117,7 @@ def main():
     for name, ms in result["look_ms"].items():
         print("a look at %-15s %7.2f, of a frame %.2f %%, of the time at most %.2f %%" % (
             name, ms, 100 * ms / result["off_ms"], 100 * ms / (1000 * pressure.LOOK_S)))
-    print("a frame with pressure off %.1f, auto %.1f, auto / off %.3f" % (result["off_ms"], result["auto_ms"], result["auto_by_off"]))
+    print("a frame with pressure off %(off_ms).1f, auto %(auto_ms).1f, auto / off %(auto_by_off).3f" % result)
     for index, row in enumerate(result["levels"]):
         print("level %d: %7.1f, %.2f of full, working %3.0f %% of the time" % (
             index, row["cpu_ms"], row["of_full"], 100 * row["working"]))
