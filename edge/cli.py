@@ -10,6 +10,8 @@ from edge import backends, contract, loop, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import UsageError
 from edge.pipeline import Segmenter
+from edge.pressure import MODES, Pressure
+from edge.pressure import check as check_pressure
 from edge.sinks import Sinks, is_film, is_page, lines_beside
 from edge.sources import open_source, uri
 
@@ -34,6 +36,9 @@ class EdgeConfig(NamedTuple):
     frozen_after: float = 0.0
     black_after: float = 0.0
     patience: float = 30.0
+    pressure: str = "auto"
+    least_rate: float = 1.0
+    least_scale: float = 0.5
     list_sources: bool = False
     frames: int = 0
     threads: int = 0
@@ -70,6 +75,9 @@ HELPS = {
     "frozen_after": "s of the very same picture after which it is started again; 0: never",
     "black_after": "s of nothing but black after which it is started again; 0: never (a dark room is black too)",
     "patience": "s without a good frame after which a camera counts as lost (exit code 6)",
+    "pressure": "auto: do less while the board is short of memory, hot or throttled; off: never",
+    "least_rate": "frames per second that the pauses under pressure never go below; 0: no such floor",
+    "least_scale": "of a frame's side, which is never made smaller under pressure; 1: never smaller than it is",
     "list_sources": "show the cameras of this machine and stop",
     "frames": "stop after this many frames; 0: all of them, 10 of a synthetic source",
     "threads": "CPU threads; 0: all cores",
@@ -80,7 +88,7 @@ HELPS = {
     "debug": "show the traceback of an error",
 }
 CHOICES = {"backend": ["auto"] + sorted(backends.NAMES), "resize": ["model", "none"], "policy": list(uri.POLICIES),
-           "input_flip": list(uri.FLIPS), "input_codec": list(uri.CODECS)}
+           "pressure": list(MODES), "input_flip": list(uri.FLIPS), "input_codec": list(uri.CODECS)}
 
 
 def check(config):
@@ -152,6 +160,7 @@ def main(argv):
         return _list_sources(config)
     check(config)
     uri.check(source_options(config))
+    check_pressure(config.pressure, config.least_rate, config.least_scale)
     check_not_input(config)
     made, files = contract.load(config.engine)
     backend = backends.choose(config.backend, config.engine)
@@ -164,7 +173,8 @@ def main(argv):
             return _benchmark(config, source, pipeline)
         with live_page(config, source, pipeline) as page, \
                 contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay, config.input_rate, page)) as sinks:
-            done, failed, health = loop.run(source, pipeline, sinks)
+            pressure = Pressure(pipeline.tiled, config.pressure, config.least_rate, config.least_scale)
+            done, failed, health = loop.run(source, pipeline, sinks, pressure)
     if health:
         health = source.health()  # what was dropped at the end counts too
     film = {"frames": sinks.recorder.frames, "error": sinks.recorder.error} if sinks.recorder else None

@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 GEOMETRY_VERSION = 1  # raised when edge.geometry changes what a coordinate means
 FEATURES = 8  # maps between encoder and head
 STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"], "uniform": ["net"], "deform": ["deform", "net"]}
+TILED = ("tiled", "patch")  # pipelines that cut a frame into tiles
 WARPED = ("uniform", "deform")  # pipelines whose net sees samples of the whole image
 
 

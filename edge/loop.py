@@ -10,11 +10,12 @@ from edge import backends, contract, images, trial
 from edge.command import say
 from edge.errors import BadFile, UsageError
 from edge.pipeline import Segmenter
+from edge.pressure import Pressure
 from edge.sinks import Memory
 from edge.sources import open_source
 from edge.sources.uri import Options
 
-SCHEMA_VERSION = 2  # of a line of results.jsonl
+SCHEMA_VERSION = 3  # of a line of results.jsonl
 STATUS_S = 10       # between two lines about a video
 STAGES = ("read", "prepare", "look", "sample", "run", "blend", "decode", "unwarp", "write")
 
@@ -27,6 +28,7 @@ class Result(NamedTuple):
     done_time_s: float
     health: Optional[Dict[str, Any]]       # of a camera or video: see sources.video.Video.health
     error: Optional[str]                   # why a frame has no result
+    level: int                             # 0: all is done; more: less, see edge.pressure
 
 
 class Stopwatch:
@@ -42,14 +44,16 @@ class Stopwatch:
         self._last = now
 
 
-def steps(source, pipeline, sinks):
+def steps(source, pipeline, sinks, pressure):
     """Frames in, results out: yields (frame, line) after each one. line: what results.jsonl says, see result.schema.json.
-    A frame that cannot be read has a line with its error, and is passed over."""
+    A frame that cannot be read has a line with its error, and is passed over. pressure: a pressure.Pressure."""
     for frame in source:
+        pressure.begin()
+        pipeline.scale = pressure.scale
         watch = Stopwatch()
         began_s = frame.arrived_s or time.monotonic()
         line = {"schema_version": SCHEMA_VERSION, "frame": frame.index, "source": frame.origin, "error": None,
-                "capture_time_s": frame.capture_time_s or time.time()}
+                "level": pressure.level, "pressure": pressure.cause, "capture_time_s": frame.capture_time_s or time.time()}
         if frame.health:
             line["health"] = frame.health
         try:
@@ -70,13 +74,14 @@ def steps(source, pipeline, sinks):
         line["done_time_s"] = line["capture_time_s"] + time.monotonic() - began_s
         sinks.write_line(line)
         yield frame, line
+        pressure.rest()  # now, not before: whoever waits for a result has it
 
 
-def run(source, pipeline, sinks):
+def run(source, pipeline, sinks, pressure):
     """All of `source` through the pipeline into the sinks. Returns (frames done, list of error messages, health of the
     source or None)."""
     done, failed, health, last_s = 0, [], None, None
-    for frame, line in steps(source, pipeline, sinks):
+    for frame, line in steps(source, pipeline, sinks, pressure):
         health = frame.health
         if line["error"]:
             failed.append(line["error"])
@@ -93,7 +98,8 @@ def run(source, pipeline, sinks):
     return done, failed, health
 
 
-def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", still=-1.0, **options):
+def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", still=-1.0, pressure="auto", least_rate=1.0,
+           least_scale=0.5, **options):
     """Yield (Frame, Result) of every frame of `source`, as edge.run says."""
     made, files = contract.load(engine)
     backend = backends.choose(backend, engine)
@@ -104,9 +110,10 @@ def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", s
     sinks = Memory()
     with contextlib.closing(open_source(source, limit, Options(**options))) as opened:
         with Segmenter(made, files, backend, threads, resize, still) as pipeline:
-            for frame, line in steps(opened, pipeline, sinks):
+            for frame, line in steps(opened, pipeline, sinks, Pressure(pipeline.tiled, pressure, least_rate, least_scale)):
                 yield frame, Result(None if line["error"] else sinks.mask, line.get("area"), line.get("latency_ms"),
-                                    line["capture_time_s"], line["done_time_s"], frame.health, line["error"])
+                                    line["capture_time_s"], line["done_time_s"], frame.health, line["error"],
+                                    line["level"])
 
 
 def benchmark(source, pipeline, warm_up, runs):
