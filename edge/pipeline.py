@@ -14,10 +14,10 @@ class Segmenter:
     resize: 'model' (frames are brought to the size the net was trained at) or 'none' (taken as they are); still: how much a
     frame may differ for the samples' places to be used again, see path.Still; negative: never.
 
-    moves: whether a stage says where the samples lie."""
+    moves: whether a stage says where the samples lie; model: contract.identity."""
 
     def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
-        self.recipe = contracts.recipe(contract)
+        self.recipe, self.model = contracts.recipe(contract), contracts.identity(contract)
         if resize == "none":
             self.recipe = self.recipe._replace(resize="none")
         self.moves, self._still = contract["pipeline"] == "deform", path.Still(still)
@@ -90,6 +90,10 @@ class Segmenter:
     def mask(self, picture):
         """All of it: (H, W) uint8."""
         return np.concatenate(list(self.bands(picture)))
+
+    def attempt(self, work):
+        """work(), which takes one frame through this pipeline. One with another model at hand may call it again: edge.shelf."""
+        return work()
 
     def close(self):
         self.session.close()

@@ -25,11 +25,12 @@ def lines_beside(film):
 class Sinks:
     """The outputs of one run. output: a folder (masks, overlays, results.jsonl), a .png (one mask), a .jsonl, a
     .mp4 or .mkv (a video of the overlays; of the masks in their colours without overlay; JSON lines beside it), or '-' (JSON
-    lines on stdout). rate: frames per second of that video; 0: the source's."""
+    lines on stdout). rate: frames per second of that video; 0: the source's. palette: colours of the classes, which a new model
+    may change."""
 
     def __init__(self, output, palette, overlay, rate=0.0):
         self.recorder = None
-        self._palette, self._one_mask, self._folder, self._overlay = palette, None, None, overlay
+        self.palette, self._one_mask, self._folder, self._overlay = palette, None, None, overlay
         self._lines, self._count = None, 0
         if output == "-":
             self._lines = sys.stdout
@@ -42,7 +43,7 @@ class Sinks:
         elif is_film(output):
             from edge.recording import Recorder  # GStreamer costs nothing where it is not used
             os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-            self.recorder, self._colours = Recorder(output, rate), np.array(palette, np.uint8)
+            self.recorder = Recorder(output, rate)
             self._lines = open(lines_beside(output), "w", encoding="utf-8")
         elif "." in os.path.basename(output.rstrip("/")) and not os.path.isdir(output):
             raise UsageError("--output %s: expected a folder, a file ending in .png, .jsonl, .mp4 or .mkv, or -" % output)
@@ -67,8 +68,7 @@ class Sinks:
         """Write the mask of one frame, given as an iterator of label bands; blend(pixels, labels) paints them over the
         picture. Returns (mask path, overlay path, pixels per class)."""
         mask_path, overlay_path = self.paths(frame)
-        self._count += 1
-        counts = np.zeros(len(self._palette), np.int64)
+        counts = np.zeros(len(self.palette), np.int64)
         size = (picture.height, picture.width)
         room = self.recorder.begin(size[0], size[1], frame.rate) if self.recorder else None
         # a reader of its own: the net reads ahead of the overlay
@@ -76,7 +76,7 @@ class Sinks:
         mask = over = None
         try:
             if mask_path:
-                mask = images.PngWriter(mask_path, size[0], size[1], 1, self._palette)
+                mask = images.PngWriter(mask_path, size[0], size[1], 1, self.palette)
             if overlay_path:
                 over = images.PngWriter(overlay_path, size[0], size[1], 3)
             y = 0
@@ -88,7 +88,7 @@ class Sinks:
                     over.write(blend(behind.window(y, 0, y + len(labels), size[1]), labels))
                 if room is not None:
                     room[y:y + len(labels)] = (blend(behind.window(y, 0, y + len(labels), size[1]), labels) if self._overlay
-                                               else self._colours[labels])
+                                               else np.array(self.palette, np.uint8)[labels])
                 y += len(labels)
                 lap("write")
             for png in filter(None, (mask, over)):
@@ -99,6 +99,7 @@ class Sinks:
             raise
         if room is not None:
             self.recorder.commit()
+        self._count += 1  # only now: a frame that failed may come again
         lap("write")
         return mask_path, overlay_path, counts
 
