@@ -8,8 +8,6 @@ from edge.warp import path
 
 GRID = 16                     # places per side of the picture, and of the density, at which answers are kept
 NOISE, CELL_PX = (8, 11), 24  # rows and columns of random colours, and the side of each: an odd 192 x 264 px
-OTHER_MACHINE = 10            # times what export allows: other processors and releases round otherwise
-ORDINARY_SCORE = 10.0         # scores up to this size count with their absolute error, larger ones with their relative error
 
 
 def picture():
@@ -45,8 +43,8 @@ def _at_grid(maps):
 
 
 def make(segmenter, tolerance):
-    """The contract's `proof` by a trusted Segmenter. tolerance: of scores up to ORDINARY_SCORE. Raises BadFile for a net whose
-    answers are no numbers."""
+    """The contract's `proof` by a trusted Segmenter. tolerance: share of the largest answer. Raises BadFile for a net
+    whose answers are no numbers."""
     found = answers(segmenter)
     if not all(np.isfinite(values).all() for values in found.values()):
         raise BadFile("the trained net's scores on the proof's picture are not finite. Train it again, with a smaller --lr")
@@ -65,10 +63,10 @@ def demand(segmenter, made, what):
     for name, values in answers(segmenter).items():
         wanted = np.array(kept.get(name, []), np.float32)
         off = float(np.abs(wanted - values).max()) if wanted.shape == values.shape and np.isfinite(values).all() else float("inf")
-        allowed = kept["tolerance"] * max(1.0, float(np.abs(wanted).max() if wanted.size else 0.0) / ORDINARY_SCORE)
+        allowed = kept["tolerance"] * float(np.abs(wanted).max() if wanted.size else 0.0)
         if not off <= allowed:
             raise ParityError("%s gives other answers than the net it was exported from: %s on the proof's picture differ by %.3g "
                               "(allowed %.3g). Export it again: python -m export CHECKPOINT --out MODEL.onnx"
                               % (what, name, off, allowed))
-        worst = max(worst, off / allowed)
+        worst = max(worst, off / (allowed or 1.0))
     return worst

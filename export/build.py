@@ -43,7 +43,7 @@ def build(model, out, config):
         engine.update(precision="float16" if config.fp16 else "float32", source={s["name"]: s["sha256"] for s in made["stages"]})
         plan = dict(made, stages=stages, engine=engine)
         if "proof" in made:
-            tolerance = max(made["proof"]["tolerance"], parity.ENGINE[engine["precision"]][0])
+            tolerance = max(made["proof"]["tolerance"], parity.ENGINE[engine["precision"]][0] / parity.ORDINARY_SCORE)
             plan["proof"] = dict(made["proof"], tolerance=tolerance)
         plan["parity"] = _parity((made, files), (plan, plans), config, out)
         publish(plan)

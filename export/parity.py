@@ -11,13 +11,13 @@ import numpy as np
 from edge import images, scores
 from edge.command import say
 from edge.errors import ParityError
-from edge.proof import ORDINARY_SCORE
 from edge.sources import open_source
 from edge.sources.stills import find_files
 from edge.warp.path import WarpHost
 from train_lite import metrics
 from train_lite.metrics import confusion
 
+ORDINARY_SCORE = 10.0  # scores up to this size count with their absolute error, larger ones with their relative error
 FRAMES = 2
 WINDOW_PX = 1536  # the middle of larger frames: enough tiles to judge, seconds instead of hours
 # of an engine beside ONNX Runtime: error of a score up to ORDINARY_SCORE, share of pixels that may change their class
