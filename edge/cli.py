@@ -146,9 +146,10 @@ def main(argv):
     uri.check(source_options(config))
     check_not_input(config)
     model = shelf.model_of(config.engine)
+    if config.write_service or model == config.engine:  # a shelf's model may fail: the one before is at hand
+        contract.load(model)
     backend = backends.choose(config.backend, model)
     if config.write_service:
-        contract.load(model)
         return service.write(config, hidden)
     banner("edge-run", backend.DEVICE, backend.describe())
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)

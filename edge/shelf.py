@@ -98,7 +98,12 @@ def model_of(engine):
     if state.current is None:
         raise UsageError("--engine %s is a folder, but no shelf: it has no state.json. Put a model there: edge-run --engine %s "
                          "--update MODEL.onnx" % (engine, engine))
-    return path_of(engine, state.current)
+    try:
+        return path_of(engine, state.current)
+    except BadFile:
+        if state.on_probation is None:
+            raise
+        return path_of(engine, state.previous)
 
 
 def load(model, backend, *how):

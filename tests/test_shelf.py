@@ -386,6 +386,19 @@ def test_a_model_that_does_not_load(spoil, model, place, monkeypatch):
     assert shelf.read(place).current == a and "does not load" in shelf.read(place).refused[state.current]
 
 
+@pytest.mark.parametrize("spoil", ["file", "folder"])
+def test_a_model_that_does_not_load_at_the_start(spoil, model, place, tmp_path, capfd):
+    a, (state, _changed) = shelf.read(place).current, shelf.update(place, model("b"))
+    if spoil == "file":
+        with open(shelf.model_of(place), "r+b") as handle:
+            handle.write(b"\xff" * 40)
+    else:
+        shutil.rmtree(os.path.join(place, state.current))
+    assert cli.main(["--engine", place, "--input", SIZE, "--frames", "2", "--output", str(tmp_path / "r.jsonl")]) == 0
+    assert {line["model"] for line in lines_of(tmp_path / "r.jsonl")} == {a} and "does not load" in capfd.readouterr()[1]
+    assert shelf.read(place).current == a and state.current in shelf.read(place).refused
+
+
 def test_other_classes_are_said(model, place, monkeypatch):
     made = contract.load(shelf.model_of(place))[0]
     shelf.update(place, model("b", classes=[dict(entry, name="new " + entry["name"]) for entry in made["classes"]]))
