@@ -37,6 +37,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def identity(contract):
+    """The model's name for people and results: 12 hex digits of a hash over its contract, which holds its files' hashes."""
+    return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def write(path, contract):
     """Check `contract` (dict) against the schema and write it, atomically."""
     wrong = schema.violations(contract, schema.load("contract"))

@@ -121,6 +121,10 @@ class Live:
 
     # --- what the loop calls: none of it waits for a viewer ---
 
+    def take_up(self, classes, palette):
+        """Names and colours of the classes from now on."""
+        self._classes, self._palette = classes, palette
+
     def begin(self, height, width):
         """A View of the next frame to be filled; None where nobody watches or the last one is too new."""
         now_s = self._clock()
@@ -128,7 +132,9 @@ class Live:
             if not self._viewers or now_s < self._next_view_s:
                 return None
             self._next_view_s = now_s + 1 / VIEWS_PER_S
-        return View(height, width)
+        view = View(height, width)
+        view.palette = self._palette  # a later model may have fewer classes
+        return view
 
     def show(self, view):
         """The View is whole: send it to who watches."""
@@ -219,7 +225,7 @@ class Live:
                 return None
         with self._encoding:
             if self._encoded[0] < number:
-                self._encoded = number, view.jpeg(self._palette)
+                self._encoded = number, view.jpeg(view.palette)
             return self._encoded
 
 

@@ -15,10 +15,10 @@ class Segmenter:
     frame may differ for the samples' places to be used again, see path.Still; negative: never.
 
     moves: whether a stage says where the samples lie; tiled: whether frames are cut into tiles; scale: above 0, what the side of
-    such frames is multiplied by before, 1 unless set. Masks have the frame's own size whatever it is."""
+    such frames is multiplied by before, 1 unless set: masks have the frame's own size whatever it is; model: contract.identity."""
 
     def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
-        self.recipe = contracts.recipe(contract)
+        self.recipe, self.model = contracts.recipe(contract), contracts.identity(contract)
         if resize == "none":
             self.recipe = self.recipe._replace(resize="none")
         self.tiled, self.scale = contract["pipeline"] in contracts.TILED, 1.0
@@ -100,6 +100,10 @@ class Segmenter:
     def mask(self, picture):
         """All of it: (H, W) uint8."""
         return np.concatenate(list(self.bands(picture)))
+
+    def attempt(self, work):
+        """work(), which takes one frame through this pipeline. One with another model at hand may call it again: edge.shelf."""
+        return work()
 
     def close(self):
         self.session.close()

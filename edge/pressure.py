@@ -5,6 +5,7 @@ never an exception."""
 import time
 from typing import NamedTuple
 
+from edge import service
 from edge.command import say
 from edge.errors import UsageError
 from jetson import board, memory
@@ -158,6 +159,7 @@ class Pressure:
         while now_s < until_s:
             self._clock.sleep(min(LOOK_S, until_s - now_s))
             self._look()
+            service.alive()
             now_s = self._clock.monotonic()
 
     def _look(self):

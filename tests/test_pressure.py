@@ -377,7 +377,7 @@ def test_off_never_looks(nano, monkeypatch):
 
 class Work:
     """A pipeline whose frames take 0.2 s of the clock."""
-    classes, positions = ["a"], None
+    classes, palette, positions, model = ["a"], [(0, 0, 0)], None, "0" * 12
 
     def __init__(self, clock):
         self.clock, self.scales = clock, []
@@ -390,6 +390,9 @@ class Work:
 
     def blend(self, pixels, labels):
         return pixels
+
+    def attempt(self, work):
+        return work()
 
 
 def test_a_pause_is_after_the_result_and_in_no_stage(nano, monkeypatch):

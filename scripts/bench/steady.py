@@ -59,6 +59,7 @@ def steady(frames, engine_ms, side, folder):
 
     from edge import loop
     from edge.pipeline import Segmenter
+    from edge.pressure import Pressure
     from edge.sinks import Sinks
     from edge.sources import open_source
     from jetson.memory import rss_mib
@@ -66,7 +67,7 @@ def steady(frames, engine_ms, side, folder):
     times_ms, bare_ms = array.array("d", bytes(8 * frames)), array.array("d", bytes(8 * frames))  # room for all: none is taken later
     sinks = Sinks(os.path.join(folder, "results.jsonl"), [(0, 0, 0), (255, 0, 0)], False)
     with Segmenter(contract(side), {}, fake) as pipeline:
-        steps = loop.steps(open_source("synthetic://%dx%d" % (side, side), frames), pipeline, sinks)
+        steps = loop.steps(open_source("synthetic://%dx%d" % (side, side), frames), pipeline, sinks, Pressure(True))
         for index in range(frames):
             if index == begin:
                 gc.collect()
