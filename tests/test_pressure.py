@@ -250,7 +250,8 @@ def test_no_sensors_at_all(tmp_path):
 
 @pytest.mark.parametrize("trips, expected", [
     (TRIPS, (97, 100.5)), ([], (95, 100)), ([("passive", 30000), ("active", 50000)], (95, 100)),
-    ([("critical", 85000)], (80, 85)), ([("passive", 97000)], (97, 102)), ([("passive", 97000), ("hot", 70000), ("critical", 105000)], (97, 102)),
+    ([("critical", 85000)], (80, 85)), ([("passive", 97000)], (97, 102)),
+    ([("passive", 97000), ("hot", 70000), ("critical", 105000)], (97, 102)),
     ([("passive", 250000), ("hot", 99000)], (94, 99))])
 def test_trip_points(tmp_path, trips, expected):
     from jetson import board
