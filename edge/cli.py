@@ -9,7 +9,7 @@ from typing import NamedTuple
 from edge import backends, contract, loop, service, shelf
 from edge.command import banner, guarded, parse, say
 from edge.errors import UsageError
-from edge.pressure import MODES, Pressure
+from edge.pressure import MODES
 from edge.pressure import check as check_pressure
 from edge.sinks import Sinks, is_film, is_page, lines_beside
 from edge.sources import open_source, uri
@@ -190,7 +190,7 @@ def main(argv):
             return _benchmark(config, source, pipeline)
         with live_page(config, source, pipeline) as page, service.running("model %s loaded" % pipeline.model), \
                 contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay, config.input_rate, page)) as sinks:
-            pressure = Pressure(pipeline.tiled, config.pressure, config.least_rate, config.least_scale)
+            pressure = loop.pressure_on(source, pipeline, config.pressure, config.least_rate, config.least_scale)
             done, failed, health = loop.run(source, pipeline, sinks, pressure)
     if health:
         health = source.health()  # what was dropped at the end counts too

@@ -82,6 +82,11 @@ def _work(frame, pipeline, sinks, lap, scale):
             "area": {name: float(n) / counts.sum() for name, n in zip(pipeline.classes, counts)}}
 
 
+def pressure_on(source, pipeline, *options):
+    """The Pressure of a run. Only frames that may be dropped may be made smaller: a file's masks depend on no temperature."""
+    return Pressure(pipeline.tiled and getattr(source, "newest", False), *options)
+
+
 def run(source, pipeline, sinks, pressure):
     """All of `source` through the pipeline into the sinks. Returns (frames done, list of error messages, health of the
     source or None)."""
@@ -114,7 +119,7 @@ def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", s
     sinks = Memory()
     with contextlib.closing(open_source(source, limit, Options(**options))) as opened:
         with shelf.opened(engine, backend, threads, resize, still) as pipeline:
-            for frame, line in steps(opened, pipeline, sinks, Pressure(pipeline.tiled, pressure, least_rate, least_scale)):
+            for frame, line in steps(opened, pipeline, sinks, pressure_on(opened, pipeline, pressure, least_rate, least_scale)):
                 yield frame, Result(None if line["error"] else sinks.mask, line.get("area"), line.get("latency_ms"),
                                     line["capture_time_s"], line["done_time_s"], frame.health, line["error"], line["level"],
                                     line["model"])

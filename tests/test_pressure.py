@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -490,9 +491,9 @@ def test_frames_are_counted_right_with_pauses(nano, segmenter, policy, monkeypat
 
 PAUSED = """
 import functools, sys
-from edge import cli, pressure
+from edge import cli, loop, pressure
 pressure.LEVELS = [level._replace(pause=1e6 * level.pause) for level in pressure.LEVELS]
-cli.Pressure = functools.partial(pressure.Pressure, root=sys.argv.pop(1))
+loop.Pressure = functools.partial(pressure.Pressure, root=sys.argv.pop(1))
 sys.exit(cli.main())
 """
 
@@ -505,7 +506,7 @@ def test_a_pause_ends_at_once(nano, model, number, code):
         [sys.executable, "-c", PAUSED, nano.root, "--engine", model, "--input", "synthetic://64x48", "--least-rate", "0",
          "--output", "-"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=ROOT))
-    assert json.loads(process.stdout.readline().decode())["level"] == 4
+    assert json.loads(process.stdout.readline().decode())["level"] == 2
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(number)
@@ -523,10 +524,9 @@ def under(root, monkeypatch, where):
 
 def test_flags_of_the_command(nano, model, monkeypatch, capfd):
     nano.write(mib=50)
-    under(nano.root, monkeypatch, cli)
+    under(nano.root, monkeypatch, loop)
     words = ["--engine", model, "--input", "synthetic://64x48", "--frames", "1", "--output", "-"]
-    for more, level in (([], 4), (["--pressure", "off"], 0), (["--least-scale", "1"], 2),
-                        (["--least-scale", "0.7", "--least-rate", "9"], 3)):
+    for more, level in (([], 2), (["--pressure", "off"], 0)):  # a still's mask is never made of a smaller frame
         assert cli.main(words + more) == 0
         out, err = capfd.readouterr()
         assert json.loads(out)["level"] == level and err.count("pressure: ") == (level > 0)
@@ -535,17 +535,27 @@ def test_flags_of_the_command(nano, model, monkeypatch, capfd):
 
 
 def test_benchmark_never_slows_down(model, monkeypatch):
-    monkeypatch.setattr(cli, "Pressure", lambda *given, **more: pytest.fail("looked"))
+    monkeypatch.setattr(loop, "Pressure", lambda *given, **more: pytest.fail("looked"))
     assert cli.main(["--engine", model, "--input", "synthetic://64x48", "--benchmark", "--runs", "2", "--warm-up", "0"]) == 0
 
 
 def test_flags_of_the_api(nano, model, monkeypatch):
     nano.write(mib=50)
     under(nano.root, monkeypatch, loop)
-    for options, level in (({}, 4), (dict(pressure="off"), 0), (dict(least_scale=1.0, least_rate=50.0), 2)):
+    for options, level in (({}, 2), (dict(pressure="off"), 0)):
         assert [result.level for _frame, result in edge.run(model, "synthetic://64x48", limit=2, **options)] == [level] * 2
     with pytest.raises(UsageError, match="--least-rate"):
         next(edge.run(model, "synthetic://64x48", least_rate=-1.0))
+
+
+@pytest.mark.parametrize("newest, tiled, options, level", [
+    (True, True, (), 4), (True, True, ("auto", 9.0, 0.7), 3), (True, True, ("auto", 1.0, 1.0), 2), (False, True, (), 2), (True, False, (), 2)])
+def test_only_frames_that_may_be_dropped_are_made_smaller(nano, monkeypatch, newest, tiled, options, level):
+    nano.write(mib=50)
+    under(nano.root, monkeypatch, loop)
+    one = loop.pressure_on(types.SimpleNamespace(newest=newest), types.SimpleNamespace(tiled=tiled), *options)
+    one.begin()
+    assert one.level == level == len(one.levels) - 1
 
 
 def test_pipelines_of_fixed_shape_only_pause():
