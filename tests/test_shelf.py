@@ -143,6 +143,8 @@ def test_back_to_the_model_before(model, place, tmp_path):
     shelf.change(place, lambda state: state._replace(on_probation=None))
     assert shelf.update(place, str(tmp_path / "models" / "a" / "model.onnx"))[0] == shelf.State(a, digits(b), 0, {})
     loads(place)
+    state = shelf.State(a, None, None, {})
+    assert shelf._switched(state, a) is None, "a roll-back may come between an update's look and its switch"
 
 
 def bad_proof(model):
