@@ -522,7 +522,8 @@ class Service:
         return time.monotonic() - began_s
 
     def said(self):
-        return "".join(open(os.path.join(self._work, name)).read()[-2000:] for name in sorted(os.listdir(self._work)) if name.endswith("err"))
+        names = sorted(name for name in os.listdir(self._work) if name.endswith("err"))
+        return "".join(open(os.path.join(self._work, name)).read()[-2000:] for name in names)
 
     def stop(self):
         """End it as systemd does. Returns the lines of results, start by start."""
