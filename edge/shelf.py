@@ -158,6 +158,9 @@ def update(folder, model, backend="auto"):
 
 
 def _switched(state, digits):
+    """`state` with the model `digits` as the current one; None where it is that already: a roll-back came before us."""
+    if digits == state.current:
+        return None
     if state.current is None:
         return State(digits)  # there is nothing to go back to
     if state.on_probation is None:
@@ -359,7 +362,8 @@ class Switching:
     def close(self):
         """Ends well: a probation that is not over begins anew with the next start."""
         if self._left:
-            self._note(lambda state: state._replace(on_probation=0) if state.current == self._now.model and state.on_probation else None)
+            digits = self._now.model
+            self._note(lambda state: state._replace(on_probation=0) if state.current == digits and state.on_probation else None)
         for segmenter in filter(None, (self._now, self._trusted)):
             segmenter.close()
         self._hold.close()

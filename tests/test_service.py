@@ -263,9 +263,9 @@ def test_the_unit_runs_exactly_this_command(typed, model, tmp_path):
     assert not (tmp_path / "out").exists() and "sudo tee " in err and "enable --now edge-run" in err and "daemon-reload" in err
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=ROOT))
     assert done.returncode == 0 and len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2, done.stderr
-    want = {"Type": "notify", "Restart": "always", "RestartPreventExitStatus": "2 7", "StartLimitIntervalSec": "0", "KillSignal": "SIGTERM",
-            "KillMode": "mixed", "SuccessExitStatus": "143", "NoNewPrivileges": "yes", "WatchdogSec": "60", "WantedBy": "multi-user.target",
-            "User": "daemon" if os.getuid() == 0 else getpass.getuser(), "WorkingDirectory": str(tmp_path)}
+    want = {"Type": "notify", "Restart": "always", "RestartPreventExitStatus": "2 7", "StartLimitIntervalSec": "0",
+            "KillSignal": "SIGTERM", "KillMode": "mixed", "SuccessExitStatus": "143", "NoNewPrivileges": "yes", "WatchdogSec": "60",
+            "WantedBy": "multi-user.target", "User": "daemon" if os.getuid() == 0 else getpass.getuser(), "WorkingDirectory": str(tmp_path)}
     assert {key: unit[key] for key in want} == want and "EnvironmentFile" not in unit and "After" not in unit
     assert verify(out, tmp_path) == []
 
@@ -315,8 +315,10 @@ def test_the_input_is_read_from_the_environment(model, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("words, message", [
     (("--input", "synthetic://axb"), "expected synthetic://WIDTHxHEIGHT"), ((), "--input is missing"),
-    (("--input", "csi://0", "--engine", "/nowhere/m.onnx"), "no such model"), (("--input", "csi://0", "--patience", "-1"), "--patience"),
-    (("--input", "csi://0", "--memory-max", "much"), "no amount of memory"), (("--input", "csi://0", "--update", "m.onnx"), "two commands"),
+    (("--input", "csi://0", "--engine", "/nowhere/m.onnx"), "no such model"),
+    (("--input", "csi://0", "--patience", "-1"), "--patience"),
+    (("--input", "csi://0", "--memory-max", "much"), "no amount of memory"),
+    (("--input", "csi://0", "--update", "m.onnx"), "two commands"),
     (("--input", "csi://0", "--output", "sealed/new/folder"), "sealed cannot be written")])
 def test_what_would_not_run_is_not_printed(typed, words, message, tmp_path, monkeypatch):
     (tmp_path / "sealed").mkdir()

@@ -144,6 +144,8 @@ def test_back_to_the_model_before(model, place, tmp_path):
     shelf.change(place, lambda state: state._replace(on_probation=None))
     assert shelf.update(place, str(tmp_path / "models" / "a" / "model.onnx"))[0] == shelf.State(a, digits(b), 0, {})
     loads(place)
+    state = shelf.State(a, None, None, {})
+    assert shelf._switched(state, a) is None, "a roll-back may come between an update's look and its switch"
 
 
 def bad_proof(model):
@@ -521,7 +523,8 @@ class Service:
         return time.monotonic() - began_s
 
     def said(self):
-        return "".join(open(os.path.join(self._work, name)).read()[-2000:] for name in sorted(os.listdir(self._work)) if name.endswith("err"))
+        names = sorted(name for name in os.listdir(self._work) if name.endswith("err"))
+        return "".join(open(os.path.join(self._work, name)).read()[-2000:] for name in names)
 
     def stop(self):
         """End it as systemd does. Returns the lines of results, start by start."""
