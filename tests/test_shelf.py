@@ -2,7 +2,6 @@
 update leaves a model that loads."""
 import json
 import os
-import random
 import resource
 import shutil
 import signal
