@@ -6,10 +6,11 @@ import signal
 import sys
 from typing import NamedTuple
 
-from edge import backends, contract, loop, trial
+from edge import backends, contract, loop, service, shelf
 from edge.command import banner, guarded, parse, say
 from edge.errors import UsageError
-from edge.pipeline import Segmenter
+from edge.pressure import MODES
+from edge.pressure import check as check_pressure
 from edge.sinks import Sinks, is_film, is_page, lines_beside
 from edge.sources import open_source, uri
 
@@ -34,20 +35,26 @@ class EdgeConfig(NamedTuple):
     frozen_after: float = 0.0
     black_after: float = 0.0
     patience: float = 30.0
+    pressure: str = "auto"
+    least_rate: float = 1.0
+    least_scale: float = 0.5
     list_sources: bool = False
     frames: int = 0
     threads: int = 0
     benchmark: bool = False
     warm_up: int = 5
     runs: int = 30
+    update: str = ""
+    write_service: bool = False
+    memory_max: str = ""
     json: bool = False
     debug: bool = False
 
 
 HELPS = {
-    "engine": "the model: the file that `python -m export` wrote, its contract beside it",
+    "engine": "the model: the file that `python -m export` wrote, its contract beside it; or a shelf, the folder of --update",
     "input": "an image, a folder, a glob in quotes, a sequence (img_%%04d.png), a video, csi://N, /dev/videoN, rtsp://HOST/PATH, "
-             "'gst://PIPELINE' up to raw video, or synthetic://WIDTHxHEIGHT",
+             "'gst://PIPELINE' up to raw video, or synthetic://WIDTHxHEIGHT; left out: what NANOPATCH_INPUT in the environment says",
     "output": "a folder for masks, overlays and results.jsonl; or FILE.png, FILE.jsonl, a video of the overlays as FILE.mp4 or "
               "FILE.mkv (with FILE.jsonl), - for JSON lines on stdout, or http://HOST:PORT for the live page alone",
     "live": "http://HOST:PORT of a page that shows the run in a browser, beside --output: http://127.0.0.1:8080 for this machine "
@@ -70,26 +77,36 @@ HELPS = {
     "frozen_after": "s of the very same picture after which it is started again; 0: never",
     "black_after": "s of nothing but black after which it is started again; 0: never (a dark room is black too)",
     "patience": "s without a good frame after which a camera counts as lost (exit code 6)",
+    "pressure": "auto: do less while the board is short of memory, hot or throttled; off: never",
+    "least_rate": "frames per second that the pauses under pressure never go below; 0: no such floor",
+    "least_scale": "of a frame's side, which is never made smaller under pressure; 1: never smaller than it is",
     "list_sources": "show the cameras of this machine and stop",
     "frames": "stop after this many frames; 0: all of them, 10 of a synthetic source",
     "threads": "CPU threads; 0: all cores",
     "benchmark": "time the path from decoded frame to mask, per stage, and write nothing",
     "warm_up": "benchmark: frames that are not counted",
     "runs": "benchmark: frames that are counted",
+    "update": "put this model on the shelf --engine, which is made when there is none, and stop; an edge-run on it takes the model up",
+    "write_service": "print the systemd unit that runs this command, say how it is installed, and stop",
+    "memory_max": "memory that the service may hold, such as 3GiB; left out: the machine's but %d MiB" % service.RESERVE_MIB,
     "json": "print one JSON object on stdout at the end",
     "debug": "show the traceback of an error",
 }
 CHOICES = {"backend": ["auto"] + sorted(backends.NAMES), "resize": ["model", "none"], "policy": list(uri.POLICIES),
-           "input_flip": list(uri.FLIPS), "input_codec": list(uri.CODECS)}
+           "pressure": list(MODES), "input_flip": list(uri.FLIPS), "input_codec": list(uri.CODECS)}
 
 
 def check(config):
     for name in ("engine", "input"):
-        if not getattr(config, name):
+        if not getattr(config, name) and not (name == "input" and config.update):
             raise UsageError("--%s is missing. Type: edge-run --engine model.onnx --input frame.png" % name)
     for name, least in (("frames", 0), ("threads", 0), ("warm_up", 0), ("runs", 1)):
         if getattr(config, name) < least:
             raise UsageError("--%s is %d, expected %d or more" % (name.replace("_", "-"), getattr(config, name), least))
+    if config.update and config.write_service:
+        raise UsageError("--update and --write-service are two commands; give one of them")
+    if config.memory_max and not config.write_service:
+        raise UsageError("--memory-max goes with --write-service")
     if config.json and config.output == "-":
         raise UsageError("--json and --output - both write to stdout; give one of them")
     if config.live and is_page(config.output):
@@ -150,21 +167,31 @@ def main(argv):
     config = parse(EdgeConfig, argv, "edge-run", __doc__, HELPS, CHOICES)
     if config.list_sources:
         return _list_sources(config)
+    # a unit is read by everybody: what is secret stays in the environment
+    hidden = not config.input or bool(uri.secrets_of(config.input))
+    config = config._replace(input=config.input or os.environ.get(service.INPUT_VARIABLE, ""))
     check(config)
+    if config.update:
+        return _update(config)
     uri.check(source_options(config))
+    check_pressure(config.pressure, config.least_rate, config.least_scale)
     check_not_input(config)
-    made, files = contract.load(config.engine)
-    backend = backends.choose(config.backend, config.engine)
+    model = shelf.model_of(config.engine)
+    if config.write_service or model == config.engine:  # a shelf's model may fail: the one before is at hand
+        contract.load(model)
+    backend = backends.choose(config.backend, model)
+    if config.write_service:
+        return service.write(config, hidden)
     banner("edge-run", backend.DEVICE, backend.describe())
-    trial.demand(config.engine, backend.NAME, made)
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
     with ends_cleanly(), contextlib.closing(open_source(config.input, limit, source_options(config))) as source, \
-            Segmenter(made, files, backend, config.threads, config.resize, config.still) as pipeline:
+            shelf.opened(config.engine, config.backend, config.threads, config.resize, config.still) as pipeline:
         if config.benchmark:
             return _benchmark(config, source, pipeline)
-        with live_page(config, source, pipeline) as page, \
+        with live_page(config, source, pipeline) as page, service.running("model %s loaded" % pipeline.model), \
                 contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay, config.input_rate, page)) as sinks:
-            done, failed, health = loop.run(source, pipeline, sinks)
+            pressure = loop.pressure_on(source, pipeline, config.pressure, config.least_rate, config.least_scale)
+            done, failed, health = loop.run(source, pipeline, sinks, pressure)
     if health:
         health = source.health()  # what was dropped at the end counts too
     film = {"frames": sinks.recorder.frames, "error": sinks.recorder.error} if sinks.recorder else None
@@ -176,6 +203,19 @@ def main(argv):
         said = {"frames": done, "failed": failed, "output": config.output, "health": health, "recording": film}
         print(json.dumps({name: value for name, value in said.items() if value is not None}))
     return 5 if failed or film and film["error"] else 0
+
+
+def _update(config):
+    backend = backends.choose(config.backend, config.update)
+    banner("edge-run", backend.DEVICE, backend.describe())
+    state, changed = shelf.update(config.engine, config.update, config.backend)
+    say("%s: model %s %s" % (config.engine, state.current, "was there already; nothing is changed" if not changed else
+                             "is current" if state.previous is None else
+                             "is current; edge-run tries it for %d frames, and goes back to %s if it fails" % (
+                                 shelf.PROBATION, state.previous)))
+    if config.json:
+        print(json.dumps({"model": state.current, "previous": state.previous, "changed": changed}))
+    return 0
 
 
 def _list_sources(config):

@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 GEOMETRY_VERSION = 1  # raised when edge.geometry changes what a coordinate means
 FEATURES = 8  # maps between encoder and head
 STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"], "uniform": ["net"], "deform": ["deform", "net"]}
+TILED = ("tiled", "patch")  # pipelines that cut a frame into tiles
 WARPED = ("uniform", "deform")  # pipelines whose net sees samples of the whole image
 
 
@@ -34,6 +35,11 @@ def sha256(path):
         for block in iter(lambda: handle.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def identity(contract):
+    """The model's name for people and results: 12 hex digits of a hash over its contract, which holds its files' hashes."""
+    return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write(path, contract):

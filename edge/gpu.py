@@ -11,6 +11,9 @@ from edge.optional import need
 
 KINDS = ("device", "mapped", "managed")
 
+# (driver, thread) -> [context, how many Gpus use it]: contexts are a stack, and the older of two models may be closed first
+_shared = {}
+
 
 class Gpu:
     """name: as the driver says it; capability: '5.3'; integrated: whether it shares the host's memory."""
@@ -21,9 +24,12 @@ class Gpu:
         device, attribute = self.driver.Device(0), self.driver.device_attribute
         self.name, self.capability = device.name(), "%d.%d" % device.compute_capability()
         self.integrated = bool(device.get_attribute(attribute.INTEGRATED))
-        self._context = device.retain_primary_context()
-        self._context.push()
         self._thread = threading.get_ident()
+        self._key = self.driver, self._thread
+        if self._key not in _shared:
+            _shared[self._key] = [device.retain_primary_context(), 0]
+            _shared[self._key][0].push()
+        _shared[self._key][1] += 1
         self.stream = self.driver.Stream()
         self._held = []
 
@@ -53,10 +59,12 @@ class Gpu:
         for held in self._held:
             held.free()
         self._held, self.stream = [], None
-        if self._context is not None:
-            self.driver.Context.pop()
-            self._context.detach()
-            self._context = None
+        if self._key is not None:
+            _shared[self._key][1] -= 1
+            if not _shared[self._key][1]:
+                self.driver.Context.pop()
+                _shared.pop(self._key)[0].detach()
+            self._key = None
 
 
 class Buffer:

@@ -124,13 +124,19 @@ class Live:
 
     # --- what the loop calls ---
 
+    def take_up(self, classes, palette):
+        """Names and colours of the classes from now on."""
+        self._classes, self._palette = classes, palette
+
     def begin(self, height, width):
         """A View of the next frame to be filled; None where nobody watches or the last one is too new."""
         now_s = self._clock()
         if not self._viewers or now_s < self._next_view_s:
             return None
         self._next_view_s = now_s + 1 / VIEWS_PER_S
-        return View(height, width)
+        view = View(height, width)
+        view.palette = self._palette  # a later model may have fewer classes
+        return view
 
     def show(self, view):
         """The View is whole: send it to who watches."""
@@ -217,7 +223,7 @@ class Live:
             if shown and shown[0] > after:
                 with self._encoding:
                     if self._encoded[0] < shown[0]:
-                        self._encoded = shown[0], shown[1].jpeg(self._palette)
+                        self._encoded = shown[0], shown[1].jpeg(shown[1].palette)
                     return self._encoded
             if time.monotonic() >= end_s:
                 break

@@ -6,15 +6,15 @@ from typing import Any, Dict, NamedTuple, Optional
 
 import numpy as np
 
-from edge import backends, contract, images, trial
+from edge import images, service, shelf
 from edge.command import say
 from edge.errors import BadFile, UsageError
-from edge.pipeline import Segmenter
+from edge.pressure import Pressure
 from edge.sinks import Memory
 from edge.sources import open_source
 from edge.sources.uri import Options
 
-SCHEMA_VERSION = 2  # of a line of results.jsonl
+SCHEMA_VERSION = 3  # of a line of results.jsonl
 STATUS_S = 10       # between two lines about a video
 STAGES = ("read", "prepare", "look", "sample", "run", "blend", "decode", "unwarp", "write")
 
@@ -27,6 +27,8 @@ class Result(NamedTuple):
     done_time_s: float
     health: Optional[Dict[str, Any]]       # of a camera or video: see sources.video.Video.health
     error: Optional[str]                   # why a frame has no result
+    level: int                             # 0: all is done; more: less, see edge.pressure
+    model: str                             # contract.identity of what computed it
 
 
 class Stopwatch:
@@ -40,43 +42,56 @@ class Stopwatch:
         now = time.perf_counter()
         self.ms[stage] = self.ms.get(stage, 0.0) + (now - self._last) * 1000
         self._last = now
+        service.alive()
 
 
-def steps(source, pipeline, sinks):
+def steps(source, pipeline, sinks, pressure):
     """Frames in, results out: yields (frame, line) after each one. line: what results.jsonl says, see result.schema.json.
-    A frame that cannot be read has a line with its error, and is passed over."""
+    A frame that cannot be read has a line with its error, and is passed over. pressure: a pressure.Pressure."""
     for frame in source:
+        pressure.begin()
         watch = Stopwatch()
         began_s = frame.arrived_s or time.monotonic()
         line = {"schema_version": SCHEMA_VERSION, "frame": frame.index, "source": frame.origin, "error": None,
-                "capture_time_s": frame.capture_time_s or time.time()}
+                "level": pressure.level, "pressure": pressure.cause, "capture_time_s": frame.capture_time_s or time.time()}
         if frame.health:
             line["health"] = frame.health
         try:
-            picture = frame.open()
-            watch.lap("read")
-            bands = pipeline.bands(picture, watch.lap)
-            mask, overlay, counts = sinks.write_bands(frame, picture, bands, watch.lap, pipeline.blend)
-            samples = sinks.write_samples(frame, overlay, pipeline.positions)
-            watch.lap("write")
+            found = pipeline.attempt(lambda: _work(frame, pipeline, sinks, watch.lap, pressure.scale))
         except BadFile as exc:
             line["error"] = str(exc)
         else:
-            line.update({
-                "height": picture.height, "width": picture.width, "mask": mask, "overlay": overlay, "samples": samples,
-                "area": {name: float(n) / counts.sum() for name, n in zip(pipeline.classes, counts)},
-                "latency_ms": {stage: round(ms, 3) for stage, ms in watch.ms.items()}})
+            line.update(found, latency_ms={stage: round(ms, 3) for stage, ms in watch.ms.items()})
+        line["model"] = pipeline.model
         # the wall clock may jump, and a result is not older than its frame
         line["done_time_s"] = line["capture_time_s"] + time.monotonic() - began_s
         sinks.write_line(line)
         yield frame, line
+        pressure.rest()  # now, not before: whoever waits for a result has it
 
 
-def run(source, pipeline, sinks):
+def _work(frame, pipeline, sinks, lap, scale):
+    """One frame through the pipeline into the sinks. Returns what its line says of that."""
+    picture, pipeline.scale = frame.open(), scale
+    sinks.take_up(pipeline.classes, pipeline.palette)
+    lap("read")
+    mask, overlay, counts = sinks.write_bands(frame, picture, pipeline.bands(picture, lap), lap, pipeline.blend)
+    samples = sinks.write_samples(frame, overlay, pipeline.positions)
+    lap("write")
+    return {"height": picture.height, "width": picture.width, "mask": mask, "overlay": overlay, "samples": samples,
+            "area": {name: float(n) / counts.sum() for name, n in zip(pipeline.classes, counts)}}
+
+
+def pressure_on(source, pipeline, *options):
+    """The Pressure of a run. Only frames that may be dropped may be made smaller: a file's masks depend on no temperature."""
+    return Pressure(pipeline.tiled and getattr(source, "newest", False), *options)
+
+
+def run(source, pipeline, sinks, pressure):
     """All of `source` through the pipeline into the sinks. Returns (frames done, list of error messages, health of the
     source or None)."""
     done, failed, health, last_s = 0, [], None, None
-    for frame, line in steps(source, pipeline, sinks):
+    for frame, line in steps(source, pipeline, sinks, pressure):
         health = frame.health
         if line["error"]:
             failed.append(line["error"])
@@ -87,26 +102,27 @@ def run(source, pipeline, sinks):
             continue  # of a video a line now and then
         last_s = time.monotonic()
         written = line["overlay"] or line["mask"]
-        say("%s: %dx%d, %.0f ms%s%s" % (
+        text = "%s: %dx%d, %.0f ms%s%s" % (
             frame.origin, line["width"], line["height"], sum(line["latency_ms"].values()), ", " + written if written else "",
-            ", %(received)d frames came, %(dropped)d dropped, %(restarts)d restarts" % health if health else ""))
+            ", %(received)d frames came, %(dropped)d dropped, %(restarts)d restarts" % health if health else "")
+        say(text)
+        service.notify("STATUS=" + text)
     return done, failed, health
 
 
-def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", still=-1.0, **options):
+def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", still=-1.0, pressure="auto", least_rate=1.0,
+           least_scale=0.5, **options):
     """Yield (Frame, Result) of every frame of `source`, as edge.run says."""
-    made, files = contract.load(engine)
-    backend = backends.choose(backend, engine)
-    trial.demand(engine, backend.NAME, made)
     unknown = sorted(set(options) - set(Options._fields))
     if unknown:
         raise UsageError("edge.run has no option %s; expected some of %s" % (", ".join(unknown), ", ".join(Options._fields)))
     sinks = Memory()
     with contextlib.closing(open_source(source, limit, Options(**options))) as opened:
-        with Segmenter(made, files, backend, threads, resize, still) as pipeline:
-            for frame, line in steps(opened, pipeline, sinks):
+        with shelf.opened(engine, backend, threads, resize, still) as pipeline:
+            for frame, line in steps(opened, pipeline, sinks, pressure_on(opened, pipeline, pressure, least_rate, least_scale)):
                 yield frame, Result(None if line["error"] else sinks.mask, line.get("area"), line.get("latency_ms"),
-                                    line["capture_time_s"], line["done_time_s"], frame.health, line["error"])
+                                    line["capture_time_s"], line["done_time_s"], frame.health, line["error"], line["level"],
+                                    line["model"])
 
 
 def benchmark(source, pipeline, warm_up, runs):

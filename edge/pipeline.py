@@ -14,12 +14,14 @@ class Segmenter:
     resize: 'model' (frames are brought to the size the net was trained at) or 'none' (taken as they are); still: how much a
     frame may differ for the samples' places to be used again, see path.Still; negative: never.
 
-    moves: whether a stage says where the samples lie."""
+    moves: whether a stage says where the samples lie; tiled: whether frames are cut into tiles; scale: above 0, what the side of
+    such frames is multiplied by before, 1 unless set: masks have the frame's own size whatever it is; model: contract.identity."""
 
     def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
-        self.recipe = contracts.recipe(contract)
+        self.recipe, self.model = contracts.recipe(contract), contracts.identity(contract)
         if resize == "none":
             self.recipe = self.recipe._replace(resize="none")
+        self.tiled, self.scale = contract["pipeline"] in contracts.TILED, 1.0
         self.moves, self._still = contract["pipeline"] == "deform", path.Still(still)
         if still >= 0 and not self.moves:
             raise UsageError("--still %g: the model is of the pipeline %s, which does not move samples; expected one of deform. Leave "
@@ -62,7 +64,15 @@ class Segmenter:
         """Yield (y0, scores) as edge.scores.score_bands: in the form that session.pixels.scores() and labels() take."""
         if isinstance(self.recipe, path.WarpRecipe):
             return path.score_bands(*self._warped(picture, lap))
-        return scores.score_bands(picture, self.recipe, self.encode, self.score, lap, self.session.pixels)
+        return scores.score_bands(picture, self._scaled(picture), self.encode, self.score, lap, self.session.pixels)
+
+    def _scaled(self, picture):
+        """The recipe that makes fewer tiles of `picture`, by self.scale."""
+        recipe = self.recipe
+        if self.scale == 1:
+            return recipe
+        rule, px = ("long", max(picture.height, picture.width)) if recipe.resize == "none" else (recipe.resize, recipe.resize_px)
+        return recipe._replace(resize=rule, resize_px=max(1, int(round(px * self.scale))))
 
     def bands(self, picture, lap=lambda stage: None):
         """Yield class ids (h, W) uint8 of the rows of `picture` from the top, all rows once, in its own size."""
@@ -90,6 +100,10 @@ class Segmenter:
     def mask(self, picture):
         """All of it: (H, W) uint8."""
         return np.concatenate(list(self.bands(picture)))
+
+    def attempt(self, work):
+        """work(), which takes one frame through this pipeline. One with another model at hand may call it again: edge.shelf."""
+        return work()
 
     def close(self):
         self.session.close()

@@ -31,12 +31,12 @@ def lines_beside(film):
 class Sinks:
     """The outputs of one run. output: a folder (masks, overlays, results.jsonl), a .png (one mask), a .jsonl, a
     .mp4 or .mkv (a video of the overlays; of the masks in their colours without overlay; JSON lines beside it), '-' (JSON
-    lines on stdout), or a http:// address (no files). rate: frames per second of that video; 0: the source's.
-    live: a live.Live that sees what passes, or None; it is not closed."""
+    lines on stdout), or a http:// address (no files). rate: frames per second of that video; 0: the source's. palette: colours of
+    the classes, which a new model may change. live: a live.Live that sees what passes, or None; it is not closed."""
 
     def __init__(self, output, palette, overlay, rate=0.0, live=None):
         self.recorder, self._live = None, live
-        self._palette, self._one_mask, self._folder, self._overlay = palette, None, None, overlay
+        self.palette, self._one_mask, self._folder, self._overlay = palette, None, None, overlay
         self._lines, self._count = None, 0
         if output == "-":
             self._lines = sys.stdout
@@ -51,7 +51,7 @@ class Sinks:
         elif is_film(output):
             from edge.recording import Recorder  # GStreamer costs nothing where it is not used
             os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-            self.recorder, self._colours = Recorder(output, rate), np.array(palette, np.uint8)
+            self.recorder = Recorder(output, rate)
             self._lines = open(lines_beside(output), "w", encoding="utf-8")
         elif "." in os.path.basename(output.rstrip("/")) and not os.path.isdir(output):
             raise UsageError("--output %s: expected a folder, a file ending in .png, .jsonl, .mp4 or .mkv, http://HOST:PORT, or -"
@@ -60,6 +60,12 @@ class Sinks:
             os.makedirs(output, exist_ok=True)
             self._folder = output
             self._lines = open(os.path.join(output, "results.jsonl"), "w", encoding="utf-8")
+
+    def take_up(self, classes, palette):
+        """Names and colours of the classes from now on: a new model may have others."""
+        self.palette = palette
+        if self._live:
+            self._live.take_up(classes, palette)
 
     def paths(self, frame):
         """(mask path, overlay path) of a frame, None where none is written."""
@@ -77,8 +83,7 @@ class Sinks:
         """Write the mask of one frame, given as an iterator of label bands; blend(pixels, labels) paints them over the
         picture. Returns (mask path, overlay path, pixels per class)."""
         mask_path, overlay_path = self.paths(frame)
-        self._count += 1
-        counts = np.zeros(len(self._palette), np.int64)
+        counts = np.zeros(len(self.palette), np.int64)
         size = (picture.height, picture.width)
         room = self.recorder.begin(size[0], size[1], frame.rate) if self.recorder else None
         view = self._live.begin(size[0], size[1]) if self._live else None
@@ -87,7 +92,7 @@ class Sinks:
         mask = over = None
         try:
             if mask_path:
-                mask = images.PngWriter(mask_path, size[0], size[1], 1, self._palette)
+                mask = images.PngWriter(mask_path, size[0], size[1], 1, self.palette)
             if overlay_path:
                 over = images.PngWriter(overlay_path, size[0], size[1], 3)
             y = 0
@@ -99,7 +104,7 @@ class Sinks:
                     over.write(blend(behind.window(y, 0, y + len(labels), size[1]), labels))
                 if room is not None:
                     room[y:y + len(labels)] = (blend(behind.window(y, 0, y + len(labels), size[1]), labels) if self._overlay
-                                               else self._colours[labels])
+                                               else np.array(self.palette, np.uint8)[labels])
                 if view:
                     view.add(y, behind.window(y, 0, y + len(labels), size[1]), labels)
                 y += len(labels)
@@ -114,6 +119,7 @@ class Sinks:
             self.recorder.commit()
         if view:
             self._live.show(view)
+        self._count += 1  # only now: a frame that failed may come again
         lap("write")
         return mask_path, overlay_path, counts
 
@@ -149,6 +155,9 @@ class Memory:
 
     def __init__(self):
         self.mask = None
+
+    def take_up(self, _classes, _palette):
+        pass
 
     def write_bands(self, _frame, picture, bands, lap, _blend):
         self.mask, y = np.empty((picture.height, picture.width), np.uint8), 0

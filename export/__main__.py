@@ -5,7 +5,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from edge import contract, images, trial
+from edge import contract, images, proof, trial
 from edge.command import banner, guarded, parse, say
 from edge.errors import BadFile, UsageError
 from edge.optional import need
@@ -123,6 +123,7 @@ def export(path, out, config, backend):
             reference.recipe, reference.classes = recipe, list(classes.names)
             reference.palette = [tuple(colour) for colour in classes.palette]
             measured, _calls = parity.compare(reference, segmenter, frames)
+            made["proof"] = proof.make(reference, config.tolerance)  # a share: ten times the gate's, for other machines
         say("%s pipeline: %s" % (pipeline, ", ".join("%s %.1f MB" % (os.path.basename(f), os.path.getsize(f) / 1e6)
                                                      for f in files.values())))
         operators = sorted(set(sum((to_onnx.operators(f) for f in files.values()), [])))

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 
-from edge import contract, trial
+from edge import contract, proof, trial
 from edge.command import cache_home, say
 from edge.errors import BadFile, EngineMismatch, MissingPart, OverBudget, UsageError
 from edge.optional import need
@@ -42,6 +42,9 @@ def build(model, out, config):
         engine = {key: facts[key] for key in ("tensorrt", "device", "compute_capability")}
         engine.update(precision="float16" if config.fp16 else "float32", source={s["name"]: s["sha256"] for s in made["stages"]})
         plan = dict(made, stages=stages, engine=engine)
+        if "proof" in made:
+            tolerance = max(made["proof"]["tolerance"], parity.ENGINE[engine["precision"]][0] / parity.ORDINARY_SCORE)
+            plan["proof"] = dict(made["proof"], tolerance=tolerance)
         plan["parity"] = _parity((made, files), (plan, plans), config, out)
         publish(plan)
     trial.passed("trt", plan)

@@ -1,5 +1,7 @@
 """Trained net -> ONNX stages and their contract."""
+import contextlib
 import copy
+import functools
 import inspect
 import os
 import warnings
@@ -64,11 +66,25 @@ def folded(net):
     return net
 
 
+@contextlib.contextmanager
+def _registered_once():
+    """torch before 1.13 registers all of ONNX's operators anew for every node of a graph: half the time of an export."""
+    registry = getattr(torch.onnx, "symbolic_registry", None)
+    register = getattr(registry, "register_version", None)
+    if register:
+        registry.register_version = functools.lru_cache(maxsize=None)(register)
+    try:
+        yield
+    finally:
+        if register:
+            registry.register_version = register
+
+
 def write_stage(path, module, inputs, output):
     """Export one graph with static shapes. Returns the output's shape."""
     onnx = need("onnx")
     extra = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _registered_once():
         warnings.simplefilter("ignore")  # the tracer warns of Python numbers; shapes are static on purpose
         shape = list(module(*inputs.values()).shape)
         torch.onnx.export(module, tuple(inputs.values()), path, opset_version=OPSET, input_names=list(inputs),

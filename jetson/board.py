@@ -16,6 +16,8 @@ JETPACKS = [("32.4.2", "4.4 DP"), ("32.4.3", "4.4"), ("32.4.4", "4.4.1"), ("32.5
             ("38.4.0", "7.1"), ("39.2.0", "7.2")]
 NEWER = "newer than this program knows"
 DESKTOPS = {"Xorg", "Xwayland", "gnome-shell", "lxsession", "gdm3", "lightdm"}
+KERNEL_LOG = "/var/log/kern.log"
+OVER_CURRENT = re.compile("soctherm: OC ALARM|throttled due to over-current", re.I)
 _GPU = re.compile(r"gpu|g[pvab]1[0-9]b")  # 57000000.gpu, 17000000.ga10b, gpu-gpc-0
 
 
@@ -136,20 +138,20 @@ def power_mode(root="/"):
     return next((mode for mode in power_modes(root) if mode["id"] == number), {"id": number})
 
 
-def clocks(root="/"):
+def clocks(root="/", wanted=("now", "low", "high", "top")):
     """{'gpu': ..., 'cpu0': ...}: {now, low, high, top} in kHz or None. The clock floats between low and high; top: the
-    hardware's own limit."""
+    hardware's own limit. wanted: those to read; on some kernels `now` of a CPU takes milliseconds."""
     found = {}
     for folder in _paths(root, "/sys/class/devfreq/*"):
         if _GPU.search(os.path.basename(folder)):
-            steps = [integer(word) for word in (read(root, folder + "/available_frequencies") or "").split()]
-            row = [integer(line(root, folder + "/" + name)) for name in ("cur_freq", "min_freq", "max_freq")]
-            row.append(max([step for step in steps if step] or [0]) or None)
-            found.setdefault("gpu", dict(zip(("now", "low", "high", "top"), [v and v // 1000 for v in row])))
+            files = {"now": "cur_freq", "low": "min_freq", "high": "max_freq", "top": "available_frequencies"}
+            rows = [[integer(word) for word in (read(root, "%s/%s" % (folder, files[name])) or "").split()] for name in wanted]
+            most = [max([hz for hz in row if hz] or [0]) // 1000 or None for row in rows]
+            found.setdefault("gpu", dict(zip(wanted, most)))
     for folder in _paths(root, "/sys/devices/system/cpu/cpu[0-9]*/cpufreq"):
-        names = ("scaling_cur_freq", "scaling_min_freq", "scaling_max_freq", "cpuinfo_max_freq")
-        row = [integer(line(root, folder + "/" + name)) for name in names]
-        found[os.path.basename(os.path.dirname(folder))] = dict(zip(("now", "low", "high", "top"), row))
+        files = {"now": "scaling_cur_freq", "low": "scaling_min_freq", "high": "scaling_max_freq", "top": "cpuinfo_max_freq"}
+        found[os.path.basename(os.path.dirname(folder))] = {
+            name: integer(line(root, "%s/%s" % (folder, files[name]))) for name in wanted}
     return found
 
 
@@ -163,16 +165,16 @@ def gpu_load(root="/"):
     return None
 
 
-def zones(root="/"):
+def zones(root="/", with_trips=True):
     """List of {name, celsius, trips: {kind: celsius}}; of several trip points of a kind the lowest. Left out: sensors
-    that are off, and PMIC, a constant."""
+    that are off, and PMIC, a constant. Trip points are most of the reading; without them trips is {}."""
     found = []
     for folder in _paths(root, "/sys/class/thermal/thermal_zone*"):
         name, now = line(root, folder + "/type"), integer(line(root, folder + "/temp"))
         if not name or now is None or now <= -256000 or "pmic" in name.lower():
             continue
         trips = {}
-        for path in _paths(root, folder + "/trip_point_*_temp"):
+        for path in _paths(root, folder + "/trip_point_*_temp") if with_trips else ():
             kind = line(root, path[:-len("temp")] + "type")
             limit = integer(line(root, path))
             if kind and limit is not None and limit > 0:
@@ -198,18 +200,27 @@ def rails(root="/"):
             if line(root, path) and volt is not None]
 
 
+def over_currents(root="/"):
+    """{'oc1': count, ...} of throttling by the power supply since boot, as far as it can be read. On Orin oc1 is too low a
+    voltage, oc2 and oc3 too high a current."""
+    found = {os.path.basename(path).split("_")[0]: integer(line(root, path))
+             for path in _paths(root, "/sys/class/hwmon/hwmon*/oc*_event_cnt")}
+    return {name: count for name, count in found.items() if count is not None}
+
+
+def last_over_current(root="/"):
+    """The last line about throttling by the power supply within the last 4 KiB of the kernel's log, or None."""
+    lines = (read(root, KERNEL_LOG, 1 << 12, tail=True) or "").split("\n")
+    return next((text for text in reversed(lines) if OVER_CURRENT.search(text)), None)
+
+
 def alarms(root="/"):
-    """{'oc1': count, ...} of throttling by the power supply since boot, and from the end of the kernel's log, which may
-    be older than the boot: 'log' (lines of such throttling), 'killed' (processes killed for want of memory). On Orin
-    oc1 is too low a voltage, oc2 and oc3 too high a current. What cannot be read is left out."""
-    found = {}
-    for path in _paths(root, "/sys/class/hwmon/hwmon*/oc*_event_cnt"):
-        count = integer(line(root, path))
-        if count is not None:
-            found[os.path.basename(path).split("_")[0]] = count
-    log = read(root, "/var/log/kern.log", 1 << 18, tail=True)
+    """over_currents(), and from the end of the kernel's log, which may be older than the boot: 'log' (lines of such
+    throttling), 'killed' (processes killed for want of memory). What cannot be read is left out."""
+    found = over_currents(root)
+    log = read(root, KERNEL_LOG, 1 << 18, tail=True)
     if log is not None:
-        found["log"] = len(re.findall(r"soctherm: OC ALARM|throttled due to over-current", log, re.I))
+        found["log"] = len(OVER_CURRENT.findall(log))
         found["killed"] = len(re.findall("Out of memory: Kill", log))
     return found
 

@@ -2,6 +2,8 @@
 import os
 import re
 
+from jetson.board import integer
+
 UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "TB": 10 ** 12,
          "KIB": 2 ** 10, "MIB": 2 ** 20, "GIB": 2 ** 30, "TIB": 2 ** 40, "K": 2 ** 10, "M": 2 ** 20, "G": 2 ** 30}
 
@@ -86,11 +88,29 @@ def control_groups(process="self", root="/"):
     return found
 
 
-def _groups():
+def _groups(root="/"):
     """(folder, limit in MiB) of those of our control groups that have a limit."""
-    read = [(folder, read_text(folder + ("/memory.limit_in_bytes" if version == 1 else "/memory.max")).strip())
-            for version, folder in control_groups()]
-    return [(folder, int(text) / 2.0 ** 20) for folder, text in read if text.isdigit()]
+    read = [(folder, read_text(_below(root, folder, "memory.limit_in_bytes" if version == 1 else "memory.max")).strip())
+            for version, folder in control_groups(root=root)]
+    return [(folder, int(text) / 2.0 ** 20) for folder, text in read if re.match("[0-9]{1,19}$", text)]
+
+
+def _below(root, folder, name):
+    return os.path.join(root, folder.lstrip("/"), name)
+
+
+def rooms_mib(root="/"):
+    """What can still be taken, of the machine and of each of our control groups with a smaller limit: list of (left, limit) in
+    MiB. Page cache counts as left, for the kernel drops it first. What cannot be read is left out; never raises."""
+    info = read_text(os.path.join(root, "proc/meminfo"))
+    total = field_mib(info, "MemTotal")
+    found = [(field_mib(info, "MemAvailable"), total)]
+    for folder, limit in [(folder, limit) for folder, limit in _groups(root) if total is None or not limit >= total]:
+        used = [integer(read_text(_below(root, folder, name)).strip()) for name in ("memory.usage_in_bytes", "memory.current")]
+        stat = dict(line.partition(" ")[::2] for line in read_text(_below(root, folder, "memory.stat")).splitlines())
+        cache = sum(integer(stat.get("total_" + name, stat.get(name))) or 0 for name in ("inactive_file", "active_file"))
+        found += [(max(0.0, limit - (count - cache) / 2.0 ** 20), limit) for count in used if count is not None]
+    return [(left, limit) for left, limit in found if None not in (left, limit) and left >= 0 < limit]
 
 
 def in_use_mib():

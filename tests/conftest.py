@@ -1,4 +1,6 @@
 """Shared fixtures: a tiny data set, the commands run as a user runs them, the real data when it is there."""
+import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +11,14 @@ from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DATA = os.environ.get("NANOPATCH_DATA", os.path.join(os.path.dirname(ROOT), "shared", "data"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def given_back():
+    """What a file's tests held goes back to the system: every later fork copies the tables of all that is resident."""
+    yield
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def real_data(name):

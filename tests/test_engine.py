@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -367,3 +368,35 @@ def test_the_double_knows_a_progress_monitor_where_tensorrt_does(generation, tra
     assert trt.OnnxParser(network, log).parse((trained["folder"] / "model.head.onnx").read_bytes())
     config.progress_monitor = monitor = Ends()
     assert config.progress_monitor is monitor and builder.build_serialized_network(network, config) is None
+
+
+EXCHANGE = """
+import sys
+import edge
+from edge import shelf
+shelf.LOOK_S, shelf.PROBATION = 0, 2
+folder, first, second = sys.argv[1:]
+shelf.update(folder, first)
+used = []
+for frame, result in edge.run(folder, "synthetic://120x96", limit=6):
+    used.append((result.model, result.mask.tobytes()))
+    if len(used) == 2:
+        shelf.update(folder, second)
+assert [model == used[0][0] for model, _mask in used] == [True] * 2 + [False] * 4, used
+assert shelf.read(folder).on_probation is None and shelf.read(folder).current == used[-1][0]
+"""
+
+
+@pytest.mark.parametrize("generation", ["8.2", "10.3"])
+def test_an_engine_is_exchanged_for_another_while_it_runs(generation, built, tmp_path):
+    made = json.loads((built(generation) / "model.plan.json").read_text())
+    assert made["proof"]["tolerance"] == pytest.approx(1e-3)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for stage in made["stages"]:
+            shutil.copy(str(built(generation) / stage["file"]), str(tmp_path / name))
+        contract.write(str(tmp_path / name / "model.plan.json"), dict(made, trained={"name": name}))
+    words = [sys.executable, "-c", EXCHANGE] + [str(tmp_path / name) for name in ("shelf", "first/model.plan", "second/model.plan")]
+    done = subprocess.run(words, env=board(generation, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"on probation" in done.stderr and b"has passed" in done.stderr

@@ -128,13 +128,16 @@ def test_seeded_fault_is_stopped_in_its_stage(name, tmp_path):
         gate(*change(tmp_path, parts), other=segmenter, backend=backend)
 
 
-SOUND = list(itertools.product(("unet", "deeplabv3"), ("group", "frozen"), ("concat", "add", "none"), (1, 3)))[:20]
+SOUND = [(model, kind, fusion, outputs, seed) for seed in (0, 1) for model, kind, fusion, outputs in itertools.product(
+    ("unet",), ("group", "frozen"), ("concat", "add", "none"), (1, 3))][:17]
+# torch 1.10 takes half a minute for the larger net
+SOUND += [("deeplabv3", "group", "concat", 1, 0), ("deeplabv3", "frozen", "add", 3, 0), ("deeplabv3", "group", "none", 3, 0)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model, kind, fusion, outputs", SOUND)
-def test_sound_export_raises_no_alarm(model, kind, fusion, outputs, tmp_path):
-    report = gate(*exported(tmp_path, model, kind, fusion, outputs, seed=len(model) + outputs))
+@pytest.mark.parametrize("model, kind, fusion, outputs, seed", SOUND)
+def test_sound_export_raises_no_alarm(model, kind, fusion, outputs, seed, tmp_path):
+    report = gate(*exported(tmp_path, model, kind, fusion, outputs, seed=len(model) + outputs + 10 * seed))
     assert report["changed_share"] <= 1e-4 and report["stages"]["prepare"] == report["stages"]["decode"] == 0
     assert set(report["class_iou"].values()) == {1.0} or min(report["class_iou"].values()) > 0.999
 

@@ -17,11 +17,12 @@ SAME_PLACE = 3             # so many faults at one frame of a file: the file is 
 class Healer:
     """place: uri.Place; options: uri.Options; start() -> a child, as child.Child; tell(text) is called with each fault;
     clock: time, or what has its monotonic(), time() and sleep(); refused(): called for each frame that came whole and was
-    not good; fault(): called for each fault."""
+    not good; fault(): called for each fault; looks(): called several times a second while next() waits."""
 
-    def __init__(self, place, options, start, clock=time, tell=say, refused=lambda: None, fault=lambda: None):
+    def __init__(self, place, options, start, clock=time, tell=say, refused=lambda: None, fault=lambda: None,
+                 looks=lambda: None):
         self._place, self._start, self._clock, self._tell = place, start, clock, tell
-        self._refused, self._on_fault = refused, fault
+        self._refused, self._on_fault, self._looks = refused, fault, looks
         self._timeout_s = options.frame_timeout_s or (CAMERA_S if place.kind != "file" else FILE_S)
         self._patience_s = options.patience_s
         self._watchdog = faults.Watchdog(*(0.0, 0.0) if place.kind == "file" else (options.frozen_s, options.black_s))
@@ -40,7 +41,7 @@ class Healer:
             try:
                 if self._child is None:
                     self._child = self._start()
-                    self._reader = FrameReader(self._child, self._clock, lambda: self._stopped)
+                    self._reader = FrameReader(self._child, self._clock, self._shall_stop)
                     self._fresh = True
                 shot = self._reader.next(buffer, self._allowed_s())
                 if self._stopped:
@@ -127,8 +128,12 @@ class Healer:
 
     def _sleep(self, seconds):
         until = self._clock.monotonic() + min(seconds, max(0.0, self._good_s + self._patience_s - self._clock.monotonic()))
-        while not self._stopped and self._clock.monotonic() < until:
+        while not self._shall_stop() and self._clock.monotonic() < until:
             self._clock.sleep(min(0.1, max(0.001, until - self._clock.monotonic())))
+
+    def _shall_stop(self):
+        self._looks()
+        return self._stopped
 
     def stop(self):
         """Make next() return None soon, from another thread too."""

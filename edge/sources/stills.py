@@ -51,9 +51,11 @@ def from_files(paths):
 def synthetic(width, height):
     """An endless test picture, a diagonal gradient that moves with every frame."""
     y, x = np.ogrid[:height, :width]
+    first = np.stack(np.broadcast_arrays(x, y, x + y), axis=2).astype(np.uint8).reshape(height, -1)
     index = 0
     while True:
-        still = np.stack(np.broadcast_arrays(x + 3 * index, y, x + y + 7 * index), axis=2).astype(np.uint8)
+        step = np.tile(np.array([3 * index % 256, 0, 7 * index % 256], np.uint8), width)  # whole rows: numpy is slow at threes
+        pixels = (first + step).reshape(height, width, 3)
         yield Frame(index, "frame-%06d" % index, "synthetic://%dx%d" % (width, height),
-                    lambda still=still: images.ArrayPicture(still))
+                    lambda pixels=pixels: images.ArrayPicture(pixels))
         index += 1

@@ -4,11 +4,12 @@ import struct
 import threading
 import time
 
-from edge import images
+from edge import images, service
 from edge.command import say
 from edge.errors import BadFile, UsageError
 from edge.sources import Frame, child, healing, pipelines, uri
 
+HUNG_S = 10.0  # without a look at its child, a reading thread counts as hung: it looks five times a second
 BUFFERS = 3   # one being filled, one that waits, one in the hands of who asked for frames
 RAW_CAMERAS = ("vi-output", "imx219", "imx477", "ov5647")  # in a video node's name: a CSI sensor, raw
 
@@ -84,12 +85,13 @@ class Video:
 
     def __init__(self, place, options, limit, start, clock=time, tell=say):
         self.place, self.newest = place, options.policy == "newest" or options.policy == "auto" and place.live
-        self._limit, self._changed = limit, threading.Condition()
+        self._limit, self._changed, self._clock, self._looked_s = limit, threading.Condition(), clock, clock.monotonic()
         self._received = self._processed = self._dropped = 0
         self._waiting = self._held = self._error = self._thread = None
         self._ended = self._closed = False
         self._spare = [child.Buffer() for _ in range(BUFFERS if self.newest else 1)]
-        self._healer = healing.Healer(place, options, start, clock, tell, self._refuse, self._drop_waiting)
+        self._healer = healing.Healer(place, options, start, clock, tell, self._refuse, self._drop_waiting,
+                                      self._looks)
 
     def health(self):
         """dict: frames received, processed and dropped; restarts of GStreamer; jumps of the clock; the last fault or None."""
@@ -105,6 +107,12 @@ class Video:
         with self._changed:
             self._received += 1
             self._dropped += 1
+
+    def _looks(self):
+        """The reader waits for its child, or until that may be started again."""
+        self._looked_s = self._clock.monotonic()
+        if not self.newest:
+            service.alive()
 
     def _drop_waiting(self):
         """After a fault the frame that waits is stale."""
@@ -170,7 +178,9 @@ class Video:
                 self._thread.start()
             with self._changed:
                 while not self._waiting and not self._ended:
-                    self._changed.wait()
+                    self._changed.wait(service.BEAT_S)
+                    if self._clock.monotonic() - self._looked_s < HUNG_S:
+                        service.alive()
             if not self._waiting:
                 self._finish()
         return self.take()

@@ -47,12 +47,13 @@ def main():
     from edge.backends import ort
     from edge.live import Live
     from edge.pipeline import Segmenter
+    from edge.pressure import Pressure
     from edge.sinks import Sinks
     from edge.sources import open_source
 
     def block(source, pipeline, live):
         """ms per frame."""
-        frames = loop.steps(source, pipeline, Sinks("http://", pipeline.palette, True, live=live))
+        frames = loop.steps(source, pipeline, Sinks("http://", pipeline.palette, True, live=live), Pressure(False, "off"))
         next(frames)
         began_s = time.perf_counter()
         for _ in range(args.frames):
