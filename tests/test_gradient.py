@@ -7,7 +7,7 @@ import torch
 
 from train_lite.config import ModeSettings
 from train_lite.dataset import IGNORE, Pair
-from train_lite.gradient import Gradient, SumTable
+from train_lite.gradient import Gradient
 from train_lite.losses import SegmentationLoss
 from train_lite.models import build
 from train_lite.patches import Batch, View
@@ -136,7 +136,7 @@ def test_dropout_draws_the_same_units_in_both_passes():
     net.train()
     results = []
     for filled in (False, True):
-        table = SumTable(batch)
+        table = loss.table(batch)
         ours = gradient(net, loss, micro=1)
         if filled:
             ours.fill(batch, batch.every_patch(), table, seed=5)
@@ -154,7 +154,7 @@ def test_sampled_is_k_over_n_of_the_full_gradient(fusion, outputs):
     every, k = batch.every_patch(), 2
     _value, want = plain_gradient(net, batch, outputs)
     ours = gradient(net, loss, "sampled")
-    table = SumTable(batch)
+    table = loss.table(batch)
     ours.fill(batch, every, table, 0)
     subsets = list(itertools.combinations(every, k))
     for picks in subsets:

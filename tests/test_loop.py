@@ -109,8 +109,8 @@ def test_every_flag_is_explained():
 
 
 def test_learning_rate_warms_up_and_decays():
-    from train_lite.state import Problem
-    problem = Problem.__new__(Problem)
+    from train_lite.segmentation import Segmentation
+    problem = Segmentation.__new__(Segmentation)
     problem.steps, problem.config = 1000, TrainConfig(lr=1.0, beta2=0.99, warm_up=0.5)
     rates = [problem.learning_rate(step) for step in range(1, 1001)]
     assert abs(rates[99] - 0.5 * 0.901) < 1e-9      # untuned: 2 / (1 - 0.99) = 200 steps

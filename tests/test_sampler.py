@@ -20,7 +20,8 @@ from train_lite.gradient import Gradient
 from train_lite.models import FEATURES, MODELS, norm
 from train_lite.models.deform import DeformNet
 from train_lite.patches import MEAN, STD, View
-from train_lite.state import Problem, State
+from train_lite.segmentation import Segmentation
+from train_lite.state import State
 
 CPU = torch.device("cpu")
 SIZES = ((37, 45), (53, 29), (16, 71))
@@ -99,7 +100,7 @@ def gradient_of(net, batch, gamma, outputs=1, micro=3):
 
 def loss_of(gamma, outputs):
     """As training makes it."""
-    return problem(outputs=outputs, gamma=gamma).gradient(types.SimpleNamespace(net=None, step=0, loss_scale=None)).loss
+    return problem(outputs=outputs, gamma=gamma).gradient(types.SimpleNamespace(net=None, step=0, loss_scale=None)).objective
 
 
 def taken(net):
@@ -361,7 +362,7 @@ def problem(outputs=1, **flags):
     """Two batches per epoch, ten steps in all."""
     classes = Classes(("ground", "thing", "other")[:max(2, outputs)], ((0, 0, 0),) * max(2, outputs), outputs, False, (255,))
     train = [Memory(40, 50 + index, seed=index) for index in range(4)]
-    return Problem(TrainConfig(**dict(SMALL, **flags)), classes, train, [], [], CPU)
+    return Segmentation(TrainConfig(**dict(SMALL, **flags)), classes, train, [], [], CPU)
 
 
 def weight_of(loss):
@@ -379,18 +380,18 @@ def test_gamma_follows_its_schedule():
         made = problem(gamma=gamma, gamma_power=power)
         assert made.steps == 10
         for at.step in range(10):
-            assert abs(weight_of(made.gradient(at).loss) - gamma * (1 - at.step / 10.0) ** power) < 1e-9 * 100
+            assert abs(weight_of(made.gradient(at).objective) - gamma * (1 - at.step / 10.0) ** power) < 1e-9 * 100
     at.step = 0
     for name, gamma in (("spanned", 100.0), ("divergence", 1.0)):  # unless told: as published; ours
-        assert abs(weight_of(problem(edge_loss=name).gradient(at).loss) - gamma) < 1e-9
+        assert abs(weight_of(problem(edge_loss=name).gradient(at).objective) - gamma) < 1e-9
 
 
 def test_gamma_falls_from_step_to_step():
     """One object serves a whole epoch. A run that is resumed within one makes another, and must end with the same bits."""
     at, made = types.SimpleNamespace(net=None, step=0, loss_scale=None), problem(gamma=100.0, gamma_power=0.9)
-    kept = made.gradient(at).loss
+    kept = made.gradient(at).objective
     at.step = 3
-    assert weight_of(kept) == weight_of(made.gradient(at).loss)
+    assert weight_of(kept) == weight_of(made.gradient(at).objective)
 
 
 def test_shrink_helps_the_first_steps_only():

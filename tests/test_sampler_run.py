@@ -490,7 +490,8 @@ import torch
 from edge.errors import raise_all
 from train_lite import dataset, store
 from train_lite.config import TrainConfig, mode_settings
-from train_lite.state import Problem, State
+from train_lite.segmentation import Segmentation
+from train_lite.state import State
 torch.set_num_threads(1)
 folder, res = sys.argv[1], int(sys.argv[2])
 config = TrainConfig(res=res, width=16, sampler="deform", task_size="256x256", epochs=1, shrink=0.0)
@@ -499,7 +500,7 @@ classes = dataset.read_classes(folder, config)
 stored = store.ingest(dataset.find_pairs(folder, 0.0), classes, "long", res, os.path.join(folder, "cache"), 16,
                       settings.density, 0, problems)
 raise_all(problems, "", "")
-problem = Problem(config, classes, stored, [], [], torch.device("cpu"))
+problem = Segmentation(config, classes, stored, [], [], torch.device("cpu"))
 state = State(problem)
 torch.nn.init.normal_(state.net.deform.last.weight, std=3)
 gradient = problem.gradient(state)

@@ -18,6 +18,7 @@ from train_lite import dataset, evaluate, metrics, pictures, run, state, store  
 from train_lite.config import TrainConfig, mode_settings  # noqa: E402
 from train_lite.dataset import IGNORE  # noqa: E402
 from train_lite.metrics import Boundaries  # noqa: E402
+from train_lite.segmentation import Segmentation  # noqa: E402
 from warp_cases import CASES, grid_of  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def level_set(folder, classes, sampler="deform", sizes=((61, 83), (90, 70))):
     found, settings, problems = dataset.read_classes(str(folder), config), mode_settings(config), []
     stored = store.ingest(dataset.find_pairs(str(folder), 0), found, "none", 0, str(folder / "cache"), 1, (), 0, problems)
     assert not problems
-    return state.Problem(config, found, stored, [], [], CPU), settings
+    return Segmentation(config, found, stored, [], [], CPU), settings
 
 
 def logits(height=1.0):
@@ -258,7 +259,7 @@ def test_a_sampler_s_picture_has_a_second_row(tmp_path, size):
 
 def level_set_patches(problem):
     """The Problem of patches on the same images."""
-    return state.Problem(problem.config._replace(sampler="none"), problem.classes, problem.train, [], [], CPU)
+    return Segmentation(problem.config._replace(sampler="none"), problem.classes, problem.train, [], [], CPU)
 
 
 def test_density_is_bright_where_samples_are_close():

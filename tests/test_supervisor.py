@@ -229,7 +229,7 @@ def test_a_resumed_run_that_fails_at_once_gives_up(fault, place):
     process = start(place, *new_run(name))
     os.kill(child_at(place, name, 3, process), signal.SIGINT)
     assert ended(place, process)[0] == 130
-    hook = "later({0}); from train_lite import state; state.Problem = {0}".format(fault)
+    hook = "later({0}); from train_lite import segmentation; segmentation.Segmentation.__init__ = {0}".format(fault)
     code, text, starts = ended(place, start(place, "--resume", "runs/" + name, hook=hook), timeout=100)
     assert code == 3 and starts <= 8, text
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from edge.errors import UsageError
 
 SUPERVISOR_MIB = 14  # what the supervisor holds beside the training
+CLASSIFIERS = ("resnet50", "mobilenetv2")
 RETRY_SMALLER = 75  # exit code between train_lite.run and its supervisor: out of memory, go on one notch smaller
 
 
@@ -22,6 +23,7 @@ class TrainConfig(NamedTuple):
     demo_images: int = 0
     # net
     model: str = "unet"
+    head: str = "small"
     width: int = 16
     norm: str = "group"
     freeze_at: float = 1.0
@@ -34,6 +36,7 @@ class TrainConfig(NamedTuple):
     patch: int = 128
     patches: int = 4
     inner: int = 4
+    draw: str = "once"
     fill: str = "sample"
     overlap: int = 32
     # learned down-sampling, in the place of patches
@@ -90,8 +93,9 @@ HELPS = {
     "cache": "folder of the tile store; none given: .nanopatch in the data folder, or in the user's cache",
     "cache_gb": "GB that the tile store may take; the oldest sets go first",
     "demo_images": "images in the demo set; 0: as many as fit the size, 16 at 1024 px",
-    "model": "net of the encoder",
-    "width": "channels of the net's first level; 64 is the published size of both nets",
+    "model": "net of the encoder: unet and deeplabv3 give every pixel a class, resnet50 and mobilenetv2 every image",
+    "head": "classification, what reads the grid of patches: small, or PatchGD's published one",
+    "width": "channels of the net's first level; published: 64, mobilenetv2 32",
     "norm": "normalisation: group (exact gradients), batch, frozen (fixed statistics, measured before the first step)",
     "freeze_at": "share of the steps after which group norms are frozen, so that they fold at export (0.5 is a good one); 1: never",
     "weights": "pretrained weights of the encoder: .safetensors, or .pth with torchvision's names",
@@ -102,6 +106,7 @@ HELPS = {
     "patch": "px, side of a patch, a multiple of 16",
     "patches": "patches per image and inner iteration (sampled)",
     "inner": "inner iterations per batch (sampled)",
+    "draw": "sampled, once: no patch comes twice in a batch; again: drawn anew in every inner iteration, as published with the global patch",
     "fill": "sampled, where the Dice sums come from: sample (the patches drawn), image (every patch, as published)",
     "overlap": "px shared by neighbouring tiles when predicting",
     "sampler": "the net sees the whole image at --task-size, sampled: deform (by a density trained with the net), uniform, edge (by a "
@@ -147,11 +152,13 @@ HELPS = {
 
 CHOICES = {
     "fit": ["long", "stretch", "none"],
-    "model": ["unet", "deeplabv3"],
+    "model": ["unet", "deeplabv3"] + list(CLASSIFIERS),
+    "head": ["small", "patchgd"],
     "norm": ["group", "batch", "frozen"],
     "mode": ["patch", "full", "down", "tiled"],
     "gradient": ["sampled", "exact"],
     "global_patch": ["concat", "add", "none"],
+    "draw": ["once", "again"],
     "fill": ["sample", "image"],
     "sampler": ["none", "deform", "uniform", "edge", "edge-oracle", "marin"],
     "edge_loss": ["divergence", "spanned"],
@@ -176,7 +183,7 @@ def check(config):
     if config.patch % 16:
         raise UsageError("--patch is %d; the nets halve it four times: take a multiple of 16, such as %d"
                          % (config.patch, max(16, config.patch // 16 * 16)))
-    if config.overlap >= config.patch:
+    if config.overlap >= config.patch and task_of(config.model) == "segmentation":
         raise UsageError("--overlap is %d, expected less than --patch, %d" % (config.overlap, config.patch))
     if config.width % 4:
         raise UsageError("--width is %d, expected a multiple of 4, such as 16" % config.width)
@@ -188,6 +195,9 @@ def check(config):
         raise UsageError("--density is %d, expected 512 or less: it says where to look, not what is there" % config.density)
     if config.sampler != "none":
         task_size(config)
+        if task_of(config.model) != "segmentation":
+            raise UsageError("--sampler %s and --model %s: samplers are for nets that give every pixel a class, unet and deeplabv3"
+                             % (config.sampler, config.model))
         if config.mode != "patch":
             raise UsageError("--sampler %s and --mode %s: a sampler takes the place of patches; leave one out"
                              % (config.sampler, config.mode))
@@ -232,6 +242,7 @@ class ModeSettings(NamedTuple):
     task: tuple = ()  # of a sampler, (height, width): px of the samples,
     density: tuple = ()  # px of the density,
     radius: tuple = ()   # rows and columns of it over which it pulls
+    again: bool = False  # whether patches drawn once may be drawn again
 
 
 def mode_settings(config):
@@ -239,14 +250,20 @@ def mode_settings(config):
     if config.sampler != "none":
         return ModeSettings(config.fit, config.res, 0, "none", "exact", "image", 0, task_size(config), density_size(config),
                             density_radius(config))
-    if config.mode == "full":
-        return ModeSettings(config.fit, config.res, 0, "none", "exact", "image", 0)
-    if config.mode == "down":
-        return ModeSettings("stretch", config.patch, config.patch, "none", "exact", "image", 0)
-    if config.mode == "tiled":
-        return ModeSettings(config.fit, config.res, config.patch, "none", "sampled", "sample", config.overlap)
-    return ModeSettings(config.fit, config.res, config.patch, config.global_patch, config.gradient, config.fill,
-                        config.overlap)
+    settings = {
+        "full": ModeSettings(config.fit, config.res, 0, "none", "exact", "image", 0),
+        "down": ModeSettings("stretch", config.patch, config.patch, "none", "exact", "image", 0),
+        "tiled": ModeSettings(config.fit, config.res, config.patch, "none", "sampled", "sample", config.overlap),
+        "patch": ModeSettings(config.fit, config.res, config.patch, config.global_patch, config.gradient, config.fill,
+                              config.overlap)}[config.mode]._replace(again=config.draw == "again")
+    if task_of(config.model) == "classification":  # one grid for all images, whole from the start: PatchGD's Z
+        return settings._replace(resize="none" if config.fit == "none" else "stretch", fill="image", overlap=0)
+    return settings
+
+
+def task_of(model):
+    """The task that the net of this name is for."""
+    return "classification" if model in CLASSIFIERS else "segmentation"
 
 
 def micro_batch(config):

@@ -20,8 +20,9 @@ LAYOUTS = """expected one of
 class Pair(NamedTuple):
     name: str    # unique in the set
     image: str   # path
-    mask: str    # path
+    mask: str    # path; '' where the whole image has a label
     split: str   # 'train' | 'val' | 'test'
+    label: int = -1  # class id of the whole image
 
 
 class Classes(NamedTuple):
@@ -83,27 +84,34 @@ def find_pairs(data, val_share=0.2, group_by=""):
         pairs = _from_folders(data)
     if not pairs:
         raise BadFile("%s holds no images; %s" % (data, LAYOUTS))
-    return _hold_out(pairs, val_share, group_by)
+    return hold_out(pairs, val_share, group_by)
 
 
 def _from_csv(path):
-    pairs, problems = [], []
+    return [Pair(os.path.splitext(row["image"])[0], image, mask, row.get("split") or "train")
+            for row, (image, mask) in csv_rows(path, ("image", "mask"), (), LAYOUTS)]
+
+
+def csv_rows(path, files, others, layouts):
+    """Lines of a CSV file as (row dict, list of absolute paths). files: columns that name files, relative to it; others: further
+    columns that every line fills; layouts: what was expected. One BadFile names all bad lines."""
+    problems, found = [], []
     folder = os.path.dirname(os.path.abspath(path))
     try:
         with open(path, newline="", encoding="utf-8") as handle:
             rows = list(csv.DictReader(handle))
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
-        raise BadFile("cannot read %s: %s; %s" % (path, exc, LAYOUTS)) from exc
+        raise BadFile("cannot read %s: %s; %s" % (path, exc, layouts)) from exc
     for number, row in enumerate(rows, 2):
-        if not row.get("image") or not row.get("mask") or (row.get("split") or "train") not in ("train", "val", "test"):
+        if not all(row.get(key) for key in files + others) or (row.get("split") or "train") not in ("train", "val", "test"):
             problems.append("line %d: %s" % (number, ",".join(str(v) for v in row.values())))
             continue
-        image, mask = (os.path.join(folder, row[key]) for key in ("image", "mask"))
-        problems += ["line %d: no such file: %s" % (number, p) for p in (image, mask) if not os.path.isfile(p)]
-        pairs.append(Pair(os.path.splitext(row["image"])[0], image, mask, row.get("split") or "train"))
-    raise_all(problems, "%s has lines that name no pair" % path,
-              "Expected the columns image,mask[,split] with split train, val or test; paths relative to the file.")
-    return pairs
+        paths = [os.path.join(folder, row[key]) for key in files]
+        problems += ["line %d: no such file: %s" % (number, p) for p in paths if not os.path.isfile(p)]
+        found.append((row, paths))
+    raise_all(problems, "%s has lines that name no %s" % (path, "pair" if len(files) > 1 else "image and label"),
+              "Expected the columns %s[,split] with split train, val or test; paths relative to the file." % ",".join(files + others))
+    return found
 
 
 def _from_folders(data):
@@ -165,7 +173,8 @@ def _voc_splits(data, pairs):
     return [pair._replace(split=named[pair.name]) for pair in pairs if pair.name in named]
 
 
-def _hold_out(pairs, share, group_by):
+def hold_out(pairs, share, group_by):
+    """The pairs, `share` of the training groups moved to 'val' where nothing is there yet."""
     if any(pair.split == "val" for pair in pairs) or share == 0:
         return pairs
     train = [pair for pair in pairs if pair.split == "train"]

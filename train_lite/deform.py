@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from edge.images import normalise, scale_shift
 from edge.warp import reference
 from train_lite import marin, warp
+from train_lite.losses import SegmentationLoss
 from train_lite.models.deform import DeformNet
 from train_lite.models.patchnet import PatchNet
 from train_lite.patches import MEAN, STD, Batch, Chunk
@@ -138,15 +139,16 @@ class WarpBatch(Batch):
         return self._tensor(np.ascontiguousarray(view.turned(view.stored.edges(*self.sampler.size))))
 
 
-class EdgeLoss:
-    """A SegmentationLoss plus weight() times the mean edge loss of the images: its sums have two more columns, edge losses and
-    images (Chunk.penalty)."""
+class EdgeLoss(SegmentationLoss):
+    """And share() times the mean edge loss of the images: the sums have two more columns, edge losses and images
+    (Chunk.penalty)."""
 
-    def __init__(self, task, weight):
-        self.task, self.weight, self.sums = task, weight, task.sums
+    def __init__(self, outputs, dice_weight, share):
+        super().__init__(outputs, dice_weight)
+        self.share = share
 
     def value(self, total):
-        return self.task.value(total[:-2]) + self.weight() * total[-2] / total[-1]
+        return super().value(total[:-2]) + self.share() * total[-2] / total[-1]
 
     def surrogate(self, part, total):
-        return self.task.surrogate(part[:-2], total[:-2]) + total[1].clamp(min=1) * self.weight() * part[-2] / total[-1]
+        return super().surrogate(part[:-2], total[:-2]) + total[1].clamp(min=1) * self.share() * part[-2] / total[-1]

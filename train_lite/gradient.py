@@ -1,8 +1,11 @@
 """The gradient of a whole batch of large images, at the memory of a few patches.
 
-Two passes (docs/method.md, section 1): the first, without graph, gathers the sums that couple all pixels; the second
-back-propagates chunk by chunk. The global feature is a leaf whose gradient is collected and pushed once through the
-encoder. Over all patches this is the exact gradient; over k random ones PatchGD's, on average k/N of it."""
+Two passes (docs/method.md, section 1): the first, without graph, gathers in a table what couples all patches, such as sums over
+pixels; the second back-propagates chunk by chunk. The global feature is a leaf whose gradient is collected and pushed once
+through the encoder. Over all patches this is the exact gradient; over k random ones PatchGD's, on average k/N of it.
+
+A task's objective says what that is: objective.kept(net, half, chunk, g) gives it of a chunk of patches, with graph, and
+objective.table(batch) a table for one batch, such as losses.SumTable."""
 import numpy as np
 import torch
 
@@ -13,35 +16,14 @@ from train_lite.optimizer import SLAB
 from train_lite.patches import draw
 
 
-class SumTable:
-    """The loss sums of every patch of a batch, as last computed: the only trace of Z that a 1x1 head needs.
-
-    known: patches whose sums count. PatchGD's stale cells are the rows not refreshed since the last step."""
-
-    def __init__(self, batch):
-        self._index = {pick: row for row, pick in enumerate(batch.every_patch())}
-        self._rows = None
-
-    def put(self, picks, sums):
-        if self._rows is None:
-            self._rows = torch.zeros(len(self._index), sums.shape[1], dtype=torch.float64, device=sums.device)
-        self._rows[[self._index[pick] for pick in picks]] = sums.detach()
-
-    def clear(self):
-        self._rows = None
-
-    def total(self):
-        return self._rows.sum(dim=0)
-
-
 class Gradient:
     """Gathers gradients of a net in its parameters' .grad, batch after batch, until finish().
 
     how: a config.ModeSettings; patches, inner: PatchGD's k and J; micro_batch: patches in memory at once; loss_scale: of
     a training in half precision."""
 
-    def __init__(self, net, loss, how, patches, inner, micro_batch, loss_scale=None):
-        self.net, self.loss, self.how, self.micro_batch = net, loss, how, micro_batch
+    def __init__(self, net, objective, how, patches, inner, micro_batch, loss_scale=None):
+        self.net, self.objective, self.how, self.micro_batch = net, objective, how, micro_batch
         self.loss_scale = loss_scale or LossScale(half=False)
         self.patches, self.inner = patches, inner
         self.pending = 0      # contributions since the last finish()
@@ -51,13 +33,13 @@ class Gradient:
     def rounds(self, batch, rng):
         """Add the gradient of one batch, in one round (exact) or `inner` rounds (sampled). Yields the loss of each."""
         seed = int(rng.randint(2 ** 31 - 2 ** 20))
-        every, table = batch.every_patch(), SumTable(batch)
+        every, table = batch.every_patch(), self.objective.table(batch)
         if self.how.gradient == "exact":
             yield self.add(batch, every, table, seed)
             return
         if self.how.fill == "image":
             self.fill(batch, every, table, seed)
-        for picks in draw(rng, batch, self.patches, self.inner):
+        for picks in draw(rng, batch, self.patches, self.inner, self.how.again):
             if self.how.fill == "sample":
                 table.clear()
             yield self.add(batch, picks, table, seed, filled=self.how.fill == "image" and not self._stale)
@@ -65,14 +47,12 @@ class Gradient:
     def _chunks(self, picks):
         return [picks[i:i + self.micro_batch] for i in range(0, len(picks), self.micro_batch)]
 
-    def _sums(self, batch, picks, features, seed):
+    def _kept(self, batch, picks, features, seed):
         chunk = batch.chunk(picks, self.net)
         torch.manual_seed(seed)  # both passes over a chunk drop the same units
         # not features[chunk.image]: the gradient of indexing adds in whatever order the threads come
         g = None if features is None else torch.stack([features[v] for v in chunk.image])
-        scores = apply(self.net, self.loss_scale.half, chunk.pixels, g, chunk.rows, chunk.cols)
-        sums = self.loss.sums(scores, chunk.labels)
-        return sums if chunk.penalty is None else torch.cat([sums, chunk.penalty.to(sums)], dim=1)
+        return self.objective.kept(self.net, self.loss_scale.half, chunk, g)
 
     def _encode_overviews(self, batch, seed, which):
         """Global features of the images `which`, a list of int, of a batch."""
@@ -80,7 +60,7 @@ class Gradient:
         return apply(self.net.encoder, self.loss_scale.half, batch.overviews(which))
 
     def _features(self, batch, seed):
-        """Global features of all images of a batch (B, 8, q, q), without graph; None when the net takes none."""
+        """Global features of all images of a batch (B, ...), without graph; None when the net takes none."""
         if not batch.side:
             return None
         with torch.no_grad():
@@ -88,19 +68,19 @@ class Gradient:
                               for which in self._chunks(list(range(len(batch.views))))])
 
     def fill(self, batch, picks, table, seed):
-        """First pass: refresh the sums of `picks` without graph."""
+        """First pass: refresh what the table holds of `picks`, without graph."""
         phases.mark("pass 1")
         with torch.no_grad():
             features = self._features(batch, seed)
             for number, part in enumerate(self._chunks(picks)):
-                table.put(part, self._sums(batch, part, features, seed + 1 + number))
+                table.put(part, self._kept(batch, part, features, seed + 1 + number))
         self._stale = False
 
     def add(self, batch, picks, table, seed, filled=False):
         """Second pass: add the gradient of L over the patches `picks`, a list of (image, tile), to .grad.
 
-        L counts all patches in `table`; the sums of `picks` are refreshed first, unless filled. Gradients are kept
-        times the number of pixels of the first contribution, so that those per pixel are of order 1 (a mean over
+        L counts all patches in `table`; what it holds of `picks` is refreshed first, unless filled. Gradients are kept
+        times the weight of the first contribution, such as its number of pixels, so that they are of order 1 (a mean over
         67 million pixels has gradients that are denormal in float32); finish() divides. Returns L."""
         chunks = self._chunks(picks)
         if len(chunks) > 1 and not filled:
@@ -111,13 +91,15 @@ class Gradient:
         if leaf is not None:
             leaf.requires_grad_()
         for number, part in enumerate(chunks):
-            sums = self._sums(batch, part, leaf, seed + 1 + number)
+            kept = self._kept(batch, part, leaf, seed + 1 + number)
             if len(chunks) == 1:
-                table.put(part, sums)
-            total = table.total()
-            pixels = total[1].clamp(min=1)
-            self._scale = float(pixels) if self._scale is None else self._scale
-            (self.loss.surrogate(sums.sum(dim=0), total) * (self.loss_scale.value * self._scale / pixels)).backward()
+                table.put(part, kept)
+            if number == 0:  # all is in the table
+                weight = table.weight()
+                self._scale = float(weight) if self._scale is None else self._scale
+                factor = self.loss_scale.value * self._scale / weight
+                table.couple(self.net, leaf, factor)
+            table.surrogate(part, kept, factor).backward()
         if leaf is not None:  # g trains the encoder: once, with all that the patches asked of it
             for which in self._chunks(list(range(len(batch.views)))):
                 asked = leaf.grad[which[0]:which[-1] + 1]
@@ -125,7 +107,7 @@ class Gradient:
                 (self._encode_overviews(batch, seed, which) * asked).sum().backward()
         set_updating(self.net, True)
         self.pending += 1
-        return float(self.loss.value(table.total()))
+        return float(table.value())
 
     def finish(self, clip):
         """Bring .grad to the mean of all contributions, then limit its norm to `clip` (0: no limit). Returns the norm

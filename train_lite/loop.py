@@ -12,15 +12,13 @@ from edge.errors import UsageError
 from edge.optional import need
 from jetson import phases
 from jetson.memory import peak_rss_mib
-from train_lite import pictures
 from train_lite.config import validation_due
-from train_lite.evaluate import evaluate, predict
 
 SAMPLES = 3  # validation images drawn as pictures
 
 
 def train(problem, run, state):
-    """Take `state` to the end of the schedule. problem: state.Problem; run: a RunFolder.
+    """Take `state` to the end of the schedule. problem: a problem.Problem; run: a RunFolder.
     Returns the metrics of the last epoch, None without validation images. Raises KeyboardInterrupt, with all saved,
     after Ctrl-C or SIGTERM."""
     result = None
@@ -84,11 +82,10 @@ def end_epoch(problem, run, state, started):
     last, result, text = state.epoch == config.epochs, None, ""
     phases.mark("validate")
     if problem.val and validation_due(config, state.epoch):
-        result = evaluate(state.net, problem.val, problem.how, len(problem.classes.names), problem.device,
-                          final=last and not problem.test)
-        row.update(result["pooled"], boundary_f1=result["boundary_f1"], **{"compat_" + name: value for name, value in result["paper_compat"].items()})
-        text = "  val IoU %.3f  F1 %.3f" % (row["iou"], row["f1"])
-    score = row.get("iou", state.best if problem.val else state.epoch)
+        result = problem.evaluate(state.net, problem.val, final=last and not problem.test)
+        row.update(problem.row(result))
+        text = "  val " + problem.line(row)
+    score = row.get(problem.SCORE, state.best if problem.val else state.epoch)
     if np.isnan(score):  # validation images that hold nothing, of which nothing was said
         score = 0.0
     if score > state.best:
@@ -97,10 +94,9 @@ def end_epoch(problem, run, state, started):
     if result or last:
         phases.mark("validate")
         for stored in (problem.val or problem.train)[:SAMPLES]:
-            bands, seen = predict(state.net, stored, problem.how, problem.device)
-            pictures.comparison(stored, bands, problem.classes.palette, run.sample(stored.pair.name), seen)
+            problem.draw(state.net, stored, run.sample(stored.pair.name))
     row.update(seconds=time.time() - started, peak_mib=peak_rss_mib())
-    run.add_epoch(row)
+    run.add_epoch(row, problem.COLUMNS, problem.CURVES)
     state.save(run.last, problem)  # last: a run killed before this does the end of the epoch again
     say("epoch %d/%d  loss %.4f%s  %.0f s  peak %s MiB" % (
         state.epoch, config.epochs, row["loss"], text, row["seconds"],

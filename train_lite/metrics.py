@@ -27,6 +27,17 @@ def confusion(truth, predicted, classes):
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
+def quadratic_kappa(matrix):
+    """Cohen's kappa with quadratic weights (Cohen 1968) of counts (C, C) [true][predicted]: 1 where all agree, 0 for chance; NaN
+    where all of both are one class."""
+    matrix = np.asarray(matrix, np.float64)
+    ids = np.arange(len(matrix))
+    weights = (ids[:, None] - ids) ** 2
+    chance = np.outer(matrix.sum(1), matrix.sum(0)) / matrix.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(1 - (weights * matrix).sum() / (weights * chance).sum())
+
+
 def scores(matrix):
     """matrix (C, C) of counts -> dict name -> (C,) float, NaN where undefined: acc, f1, iou, bacc (balanced
     accuracy), plr = sens / (1 - spec), nlr = 100 (1 - sens) / spec, each class against the rest."""

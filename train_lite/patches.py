@@ -21,7 +21,7 @@ class View:
         self.stored, self.turn = stored, turn
         self.height, self.width = (stored.width, stored.height) if turn % 2 else (stored.height, stored.width)
         laid = tiles.plan(self.height, self.width, tile)
-        self.boxes, self.owned = laid.boxes(), tiles.owned(laid)
+        self.boxes, self.owned, self.grid = laid.boxes(), tiles.owned(laid), (len(laid.ys), len(laid.xs))
 
     def read(self, picture, box):
         """The window `box` of a stored picture, in this view's own coordinates."""
@@ -92,14 +92,15 @@ class Batch:
         return torch.from_numpy(array).to(self.device, self.dtype)
 
 
-def draw(rng, batch, patches, inner):
+def draw(rng, batch, patches, inner, again=False):
     """PatchGD's sampling: per image one random order of its tiles, cut into `inner` groups of `patches`, so no tile
-    comes twice (a second order begins when the first is used up). Yields lists of (image, tile)."""
+    comes twice (a second order begins when the first is used up). again: a new order for every group, so that tiles come again, as
+    'Resource Efficient Perception for Vision Systems' draws them. Yields lists of (image, tile)."""
     orders = []
     for view in batch.views:
-        order = []
+        order, k = [], min(patches, len(view.boxes))
         while len(order) < patches * inner:
-            order += rng.permutation(len(view.boxes)).tolist()
-        orders.append((order, min(patches, len(view.boxes))))
+            order += rng.permutation(len(view.boxes))[:k if again else None].tolist()
+        orders.append((order, k))
     for j in range(inner):
         yield [(v, tile) for v, (order, k) in enumerate(orders) for tile in order[j * k:(j + 1) * k]]

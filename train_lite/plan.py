@@ -14,13 +14,10 @@ from edge.errors import OverBudget, UsageError
 from jetson import phases
 from jetson.memory import parse_bytes, rss_mib
 from train_lite.config import SUPERVISOR_MIB, micro_batch, mode_settings
-from train_lite.deform import build_deform
 from train_lite.device import JETSON_CUDA_MIB, Peak, memory_mib, out_of_memory, own_memory
-from train_lite.gradient import SumTable
-from train_lite.losses import SegmentationLoss
-from train_lite.models import FEATURES, build
 from train_lite.models.recompute import recompute
 from train_lite.optimizer import STATE_BYTES
+from train_lite.problem import task
 
 MIB = 2.0 ** 20
 PROBE_PX = 64       # side of the tile whose activations are counted
@@ -84,15 +81,16 @@ class Look:
     """The net that a config asks for, as far as memory goes. Building it and counting, on the CPU, take a second or less."""
 
     def __init__(self, config, outputs, device, unseen):
-        _loss(build(config.model, 4, config.norm, 1, "concat"), 1, 1).backward()  # loads what torch loads late
+        self._task, self.outputs, self._counted = task(config), outputs, {}
+        small = self._task.build(config._replace(width=4), 1, config.norm)
+        self._task.probe(small, 1, 1, PROBE_PX).backward()  # loads what torch loads late
         self.libraries = (rss_mib() or 0.0) + unseen + SUPERVISOR_MIB
         if device.type == "cuda":  # a card's context is in use already when we look
             self.libraries = 0.0 if own_memory(device) else self.libraries + JETSON_CUDA_MIB
-        self.net = build(config.model, config.width, config.norm, outputs, mode_settings(config).fusion)
-        deform, side = build_deform(config), mode_settings(config).density
-        sizes = [p.numel() * 4 / MIB for net in (self.net, deform) if net for p in net.parameters()]
+        self.net = self._task.build(config, outputs, config.norm)
+        sizes = [p.numel() * 4 / MIB for p in self.net.parameters()]
         self.weights, self.largest_weight = sum(sizes), max(sizes)
-        self.outputs, self._counted = outputs, {}
+        deform, side = getattr(self.net, "deform", None), mode_settings(config).density
         self.deform_kept = _kept(deform, lambda: deform(torch.zeros((1, 3) + side)).sum())[0] if deform else 0.0
 
     def kept(self, tiles, recomputed):
@@ -100,16 +98,8 @@ class Look:
         if (tiles, recomputed) not in self._counted:
             if recomputed:  # for good: ladders go from False to True
                 recompute(self.net.encoder)
-            self._counted[tiles, recomputed] = _kept(self.net, lambda: _loss(self.net, self.outputs, tiles))
+            self._counted[tiles, recomputed] = _kept(self.net, lambda: self._task.probe(self.net, self.outputs, tiles, PROBE_PX))
         return self._counted[tiles, recomputed]
-
-
-def _loss(net, outputs, tiles):
-    """The loss over `tiles` black tiles of PROBE_PX."""
-    g = torch.zeros(tiles, FEATURES, PROBE_PX, PROBE_PX)
-    spread = torch.zeros(tiles, PROBE_PX, PROBE_PX)
-    logits = net(torch.zeros(tiles, 3, PROBE_PX, PROBE_PX), g, spread, spread)
-    return SegmentationLoss(outputs).sums(logits, torch.zeros(tiles, PROBE_PX, PROBE_PX, dtype=torch.uint8)).sum()
 
 
 def _kept(net, forward):
@@ -281,8 +271,8 @@ def _one_chunk(problem, state, peak_now):
     batch, _rng = problem.batch(0, 0)
     gradient = problem.gradient(state)
     picks = batch.every_patch()[:gradient.micro_batch]
-    gradient.add(batch, picks, SumTable(batch), 0)
-    gradient.add(batch, picks, SumTable(batch), 0)  # now beside the gradients of the first
+    gradient.add(batch, picks, gradient.objective.table(batch), 0)
+    gradient.add(batch, picks, gradient.objective.table(batch), 0)  # now beside the gradients of the first
     measured = peak_now.mib()
     if measured is None:
         return 0.0

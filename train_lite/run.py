@@ -10,7 +10,7 @@ from edge.images import fitted_size, photo_header
 from edge.optional import need
 from jetson import phases
 from jetson.memory import peak_rss_mib
-from train_lite import checkpoint, dataset, demo, store
+from train_lite import checkpoint, demo, store
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings
 from train_lite.runfolder import RunFolder
 
@@ -45,9 +45,9 @@ def main(argv):
 
 def _train(config, run, device):
     from train_lite import loop, state
+    from train_lite.problem import task
     data = _data_folder(config)
-    pairs = dataset.find_pairs(data, config.val_share, config.group_by) if data else []
-    classes = dataset.read_classes(data, config)
+    pairs, classes = task(config).find(config, data)
     candidates, allowed = _plan(config, pairs, classes, device)
     if config.plan:
         return 0
@@ -114,28 +114,20 @@ def _plan(config, pairs, classes, device):
 def _ingest(config, data, pairs, classes):
     """Bring all pairs into the tile store. Returns (train, val, test), lists of Stored."""
     phases.mark("read images")
+    from train_lite.problem import task
     settings, folder = mode_settings(config), store.cache_folder(config, data)
-    began, problems, overview = time.time(), [], ()
-    if settings.task:
-        overview = settings.density
-    elif settings.fusion != "none":
-        overview = settings.tile, settings.tile
+    began, problems, overview = time.time(), [], task(config).overview(settings)
 
     def ingest(split, resize, px):
         chosen = [pair for pair in pairs if pair.split == split]
         return store.ingest(chosen, classes, resize, px, folder, config.cache_gb, overview, began, problems)
 
-    stored = (ingest("train", settings.resize, settings.resize_px), ingest("val", config.fit, config.res),
-              ingest("test", config.fit, config.res))
+    scored = (config.fit, config.res) if task(config).scores_pixels else (settings.resize, settings.resize_px)
+    stored = ingest("train", settings.resize, settings.resize_px), ingest("val", *scored), ingest("test", *scored)
     raise_all(problems, "some images or masks cannot be used", "Mend or remove the files named; the others are kept.")
     if not stored[0]:
         raise UsageError("--data %s has no training images" % data)
-    small = [entry for entry in stored[0] if settings.task and (settings.task[0] > entry.height or settings.task[1] > entry.width)]
-    if small:
-        raise UsageError("--task-size %s is larger than %d of the training images, such as %s of %dx%d px: samplers spend fewer "
-                         "pixels than an image has. Take a smaller --task-size%s"
-                         % (config.task_size, len(small), small[0].pair.image, small[0].width, small[0].height,
-                            ", or leave these images out" if config.fit == "none" else " or a larger --res, or leave these images out"))
+    task(config).check(config, stored[0])
     return stored
 
 
@@ -143,12 +135,13 @@ def _settle(config, candidates, allowed, classes, stored, device):
     """Go down the candidates of _plan() until one chunk, really computed, stays within the budget. Returns (config, Problem)."""
     from train_lite import plan, state
     from train_lite.device import hold
+    from train_lite.problem import task
     hold(device, allowed.free_mib)
     for notch, predicted in candidates:
         if notch.tight:
             plan.tighten()
         config = plan.apply(config, notch)
-        problem = state.Problem(config, classes, *stored, device=device)
+        problem = task(config)(config, classes, *stored, device=device)
         measured = plan.confirm(problem, lambda: state.State(problem), allowed)
         if measured is not None and measured * plan.MARGIN <= allowed.free_mib:
             if config.budget and measured:
@@ -161,30 +154,26 @@ def _settle(config, candidates, allowed, classes, stored, device):
 
 
 def _describe(problem, start, run):
-    config, settings = problem.config, problem.settings
-    how = "mode %s, %s gradient, global patch %s, patch %d px" % (config.mode, settings.gradient, settings.fusion, problem.tile)
-    if settings.task:
-        how = "sampler %s, %s px, density of %dx%d" % ((config.sampler, config.task_size) + settings.density[::-1])
+    config = problem.config
     say("%s width %d, %.2f M parameters | %s" % (
-        config.model, config.width, sum(p.numel() for p in start.net.parameters()) / 1e6, how))
+        config.model, config.width, sum(p.numel() for p in start.net.parameters()) / 1e6, problem.words()))
     say("%d train, %d val, %d test images | %d steps in %d epochs | run folder %s" % (
         len(problem.train), len(problem.val), len(problem.test), problem.steps, config.epochs, run.path))
 
 
 def _report(config, problem, start, run, result, seconds):
     """Score the best net on the test images, if any, and say where everything is."""
-    from train_lite.evaluate import describe, evaluate
     from train_lite.state import restore
     phases.mark("validate")
-    summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_iou": start.best if problem.val else None,
+    summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_" + problem.SCORE: start.best if problem.val else None,
                "val": result, "test": None}
     if problem.test:
         start.net = start.optimizer = None  # make room: the best net takes its place
         best = restore(run.best)[0].to(problem.device)
-        summary["test"] = evaluate(best, problem.test, problem.how, len(problem.classes.names), problem.device, final=True)
-        say("test  %s (best net, %d images)" % (describe(summary["test"], problem.how), len(problem.test)))
-    elif problem.sampler and result:
-        say("val  %s (last net, %d images)" % (describe(result, problem.how), len(problem.val)))
+        summary["test"] = problem.evaluate(best, problem.test, final=True)
+        say("test  %s (best net, %d images)" % (problem.describe(summary["test"]), len(problem.test)))
+    elif problem.settings.task and result:
+        say("val  %s (last net, %d images)" % (problem.describe(result), len(problem.val)))
     summary["peak_mib"] = peak_rss_mib()
     with open(os.path.join(run.path, "summary.json"), "w", encoding="utf-8") as handle:
         json.dump(summary, handle, indent=1)

@@ -8,10 +8,9 @@ import time
 
 from edge.command import written
 from edge.errors import UsageError
-from train_lite import metrics, pictures
+from train_lite import pictures
 
-COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "peak_mib") + metrics.NAMES + tuple("compat_" + n for n in metrics.NAMES) + (
-    "boundary_f1",)
+COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "peak_mib")  # of every task; then come its own
 
 
 class RunFolder:
@@ -90,15 +89,15 @@ class RunFolder:
         self._log.write(json.dumps(facts, sort_keys=True) + "\n")
         self._log.flush()
 
-    def add_epoch(self, row):
-        """One row in metrics.csv, and the curves drawn again. row: dict with COLUMNS, absent where unknown."""
+    def add_epoch(self, row, columns, curves):
+        """One row in metrics.csv, and the curves drawn again. row: dict with COLUMNS and the task's `columns`, absent where
+        unknown; curves: (column, title) of those that are drawn beside the loss."""
         self.rows.append(row)
         with written(os.path.join(self.path, "metrics.csv"), newline="") as handle:
-            writer = csv.DictWriter(handle, COLUMNS, extrasaction="ignore")
+            writer = csv.DictWriter(handle, COLUMNS + columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
-        pictures.curves(self.rows, [("loss", "training loss"), ("iou", "validation IoU"), ("f1", "validation F1")],
-                        os.path.join(self.path, "curves.png"))
+        pictures.curves(self.rows, (("loss", "training loss"),) + curves, os.path.join(self.path, "curves.png"))
 
     def sample(self, name):
         return os.path.join(self.path, "samples", name.replace("/", "_") + ".png")

@@ -1,78 +1,19 @@
-"""What is trained on what (Problem), and where training stands (State, all that a checkpoint holds)."""
+"""Where training stands: all that a checkpoint holds."""
 import inspect
 
-import numpy as np
 import torch
 
 from edge.command import say
 from edge.errors import BadFile, UsageError
 from jetson import phases
-from train_lite import checkpoint, evaluate
-from train_lite.config import TrainConfig, micro_batch, mode_settings
+from train_lite import checkpoint
+from train_lite.config import TrainConfig
 from train_lite.dataset import Classes
-from train_lite.deform import EdgeLoss, Sampler, WarpBatch, WarpNet, build_deform
-from train_lite.gradient import Gradient
 from train_lite.half import LossScale
-from train_lite.losses import SegmentationLoss
-from train_lite.models import FEATURES, MODELS, build, norm
+from train_lite.models import norm
 from train_lite.models.recompute import recompute
 from train_lite.optimizer import Optimizer
-from train_lite.patches import Batch, View
-
-CALIBRATION_PATCHES = 32  # for the statistics of frozen norms; drawn from all training images
-TURNS_OF_OBLONGS = (0, 2, 4, 6)  # of View: no quarter turns where the net's input is wider than high
-GAMMA = {"divergence": 1.0, "spanned": 100.0}
-REWARM = 0.05             # share of the steps over which the rate rises again after the norms are frozen
-
-
-class Problem:
-    """Fixed during a run. train, val, test: lists of Stored; classes: a dataset.Classes; device: a torch.device."""
-
-    def __init__(self, config, classes, train, val, test, device):
-        self.config, self.classes, self.device = config, classes, device
-        self.train, self.val, self.test = train, val, test
-        self.settings = mode_settings(config)
-        longest = max(max(s.height, s.width) for s in train)
-        self.tile = self.settings.tile or max(self.settings.task or (-(-longest // 16) * 16,))
-        self.side = self.tile if self.settings.fusion != "none" else 0
-        self.batches = -(-len(train) // config.batch)
-        inner = config.inner if self.settings.gradient == "sampled" else 1
-        self.steps = -(-self.batches * inner // config.accumulation) * config.epochs
-        freeze_at = {"group": config.freeze_at, "frozen": 0.0}.get(config.norm, 1.0)
-        self.freeze_step = int(round(freeze_at * self.steps))
-        self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(config))
-        self.sampler = Sampler(config.sampler, self.recipe, config.edge_loss) if self.settings.task else None
-        self.how = self.sampler or self.recipe  # what evaluate.label_bands takes
-
-    def batch(self, epoch, number):
-        """Batch `number` of an epoch, and the generator for everything random in it: functions of the seed."""
-        config = self.config
-        order = np.random.RandomState([config.seed, epoch]).permutation(len(self.train))
-        rng = np.random.RandomState([config.seed, epoch, number + 1])
-        turns = TURNS_OF_OBLONGS if self.sampler and self.sampler.size[0] != self.sampler.size[1] else range(8)
-        views = [View(self.train[i], turns[int(rng.randint(len(turns)))] if config.augment else 0, self.tile)
-                 for i in order[number * config.batch:(number + 1) * config.batch]]
-        if not self.sampler:
-            return Batch(views, self.side, self.device), rng
-        blurred = epoch * self.batches + number < config.shrink * config.epochs * self.batches
-        shorter = min(self.sampler.size)
-        shrink = int(rng.randint(max(1, shorter // 3), shorter + 1)) if blurred else 0
-        return WarpBatch(views, self.sampler, shrink, self.device), rng
-
-    def gradient(self, state):
-        config = self.config
-        loss = SegmentationLoss(self.classes.outputs, config.dice)
-        if self.sampler:
-            gamma = config.gamma if config.gamma >= 0 else GAMMA[config.edge_loss]
-            loss = EdgeLoss(loss, lambda: gamma * (1 - state.step / float(self.steps)) ** config.gamma_power)
-        return Gradient(state.net, loss, self.settings, config.patches, config.inner, micro_batch(config), state.loss_scale)
-
-    def learning_rate(self, step, frozen_at=0):
-        """Of optimizer step 1, 2, ...: untuned linear warm-up over 2 / (1 - beta2) steps (Ma & Yarats 2019, section 5),
-        capped by a share of the run, times linear decay to 0. frozen_at: steps done when the norms were frozen."""
-        config = self.config
-        period = max(1.0, min(2 / (1 - config.beta2), (REWARM if frozen_at else config.warm_up) * self.steps))
-        return config.lr * min(1.0, (step - frozen_at) / period) * (1 - (step - 1) / float(self.steps))
+from train_lite.problem import task
 
 
 class State:
@@ -131,23 +72,7 @@ class State:
         names = norm.group_norms(self.net)
         if not names or self.step < problem.freeze_step or problem.freeze_step == problem.steps:
             return
-        picks_rng = np.random.RandomState(problem.config.seed)
-        turns = 1 if problem.sampler else 8
-        views = [View(stored, int(picks_rng.randint(turns)), problem.tile) for stored in problem.train]
-        batch = WarpBatch(views, problem.sampler, 0, problem.device) if problem.sampler else Batch(views, problem.side, problem.device)
-        every = batch.every_patch()
-        # two whole images (--mode full) hold as many pixels as 128 patches of 128 px of 1024 px images
-        count, chunk = (CALIBRATION_PATCHES, micro_batch(problem.config)) if problem.settings.tile or problem.sampler else (2, 1)
-        picks = [every[i] for i in picks_rng.permutation(len(every))[:count]]
-        overviews = [Batch([view], problem.side, problem.device) for view in views[:CALIBRATION_PATCHES // 8]]
-
-        def forward():
-            for first in range(0, len(picks), chunk):
-                self.net.encoder(batch.chunk(picks[first:first + chunk], self.net).pixels)
-            if problem.side:
-                for one in overviews:
-                    self.net.encoder(one.overviews([0]))
-
+        forward = problem.calibrate(self.net)
         self.net.eval()
         self.frozen += [norm.freeze_first(self.net, forward) for _ in names]
         self.frozen_at, self.best = self.step, -1.0
@@ -168,12 +93,7 @@ def _moments(state, tensors, kind):
 
 def build_net(config, classes, frozen=()):
     """The net of a config, with the group norms `frozen` replaced."""
-    kind = "group" if config.norm == "frozen" else config.norm
-    if config.sampler != "none":
-        deform = build_deform(config)
-        net = WarpNet(MODELS[config.model](FEATURES, config.width, kind), classes.outputs, deform)
-    else:
-        net = build(config.model, config.width, kind, classes.outputs, mode_settings(config).fusion)
+    net = task(config).build(config, classes.outputs, "group" if config.norm == "frozen" else config.norm)
     norm.put_frozen(net, frozen)
     return net
 

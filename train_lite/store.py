@@ -1,4 +1,4 @@
-"""The tile store: every image and mask decoded once to blocks of raw bytes, so that a tile is a few reads.
+"""The tile store: every image, and its mask where it has one, decoded once to blocks of raw bytes, so that a tile is a few reads.
 
 One file per pair: a header of 4096 bytes (JSON), then the image's blocks (128 x 128 x 3 uint8, row by row, edges
 padded with zeros), then the mask's (128 x 128). Blocks are read with pread, not mapped: a map's pages would count as
@@ -154,7 +154,7 @@ def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview, since,
 
 def _key(pair, classes, resize, resize_px):
     facts = [VERSION, resize, resize_px, classes._asdict() if hasattr(classes, "_asdict") else classes]
-    for path in (pair.image, pair.mask):
+    for path in filter(None, (pair.image, pair.mask)):
         try:
             info = os.stat(path)
         except OSError as exc:
@@ -168,7 +168,7 @@ def _open(pair, path):
         with open(path, "rb") as handle:
             header = json.loads(handle.read(HEADER).rstrip(b" \0").decode())
         entry = Stored(pair, path, header["height"], header["width"])
-        whole = entry.labels.offset + (entry.labels.offset - HEADER) // 3
+        whole = entry.labels.offset + ((entry.labels.offset - HEADER) // 3 if pair.mask else 0)
         return entry if header["version"] == VERSION and os.path.getsize(path) == whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -176,20 +176,20 @@ def _open(pair, path):
 
 def _add(pair, path, classes, resize, resize_px):
     image = images.open_photo(pair.image)
-    mask = images.open_mask(pair.mask, classes.by_colour)
-    if (image.height, image.width) != (mask.height, mask.width):
+    mask = images.open_mask(pair.mask, classes.by_colour) if pair.mask else None
+    if mask and (image.height, image.width) != (mask.height, mask.width):
         raise BadFile("%s is %dx%d but its mask %s is %dx%d; expected the same size" % (
             pair.image, image.width, image.height, pair.mask, mask.width, mask.height))
     height, width = images.fitted_size(image.height, image.width, resize, resize_px)
     header = json.dumps({"version": VERSION, "height": height, "width": width}).encode().ljust(HEADER)
     sized = images.resized(image, height, width)
-    decode = LabelDecoder(pair.mask, classes)
+    decode = LabelDecoder(pair.mask, classes) if mask else None
 
     with written(path, "wb") as handle:
         handle.write(header)
         for y0 in range(0, height, BLOCK):
             _write_blocks(handle, sized.window(y0, 0, min(height, y0 + BLOCK), width))
-        for y0 in range(0, height, BLOCK):
+        for y0 in range(0, height if mask else 0, BLOCK):
             rows = nearest_index(height, mask.height, y0, min(height, y0 + BLOCK))
             band = mask.window(int(rows[0]), 0, int(rows[-1]) + 1, mask.width)
             band = band[rows - rows[0]][:, nearest_index(width, mask.width)]

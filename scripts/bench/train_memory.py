@@ -27,7 +27,8 @@ def one_step(way, res, width, folder, steps, threads):
     from jetson.memory import peak_rss_mib
     from train_lite import dataset, store
     from train_lite.config import TrainConfig
-    from train_lite.state import Problem, State
+    from train_lite.segmentation import Segmentation
+    from train_lite.state import State
     torch.set_num_threads(threads)
     config = TrainConfig(res=res, width=width, model="unet", epochs=1, augment=False, norm="group", freeze_at=1.0,
                          recompute=way == "full-checkpointed",
@@ -36,7 +37,7 @@ def one_step(way, res, width, folder, steps, threads):
     classes = dataset.read_classes(folder, config)
     pair, = dataset.find_pairs(folder, 0.0)
     stored = store.ingest([pair], classes, config.fit, config.res, os.path.join(folder, "cache"), 16, (config.patch, config.patch), 0, [])
-    problem = Problem(config, classes, stored, [], [], torch.device("cpu"))
+    problem = Segmentation(config, classes, stored, [], [], torch.device("cpu"))
     state = State(problem)
     gradient = problem.gradient(state)
     for _ in range(steps):

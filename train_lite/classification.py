@@ -1,0 +1,132 @@
+"""One label for every image, from the grid of its patches."""
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from edge import images, tiles
+from edge.errors import UsageError
+from edge.warp.pictures import shown
+from train_lite import labelled, metrics
+from train_lite.config import micro_batch, mode_settings
+from train_lite.losses import GridLoss
+from train_lite.models import gridnet
+from train_lite.patches import Batch, Chunk, View
+from train_lite.problem import Problem
+
+CALIBRATION_PATCHES = 32
+
+
+class GridBatch(Batch):
+    """Views whose patches make a grid, with one label each."""
+
+    def labels(self):
+        """(B,) int64 class ids."""
+        return torch.tensor([view.stored.pair.label for view in self.views], device=self.device)
+
+    def grid(self):
+        """(rows, cols) of patches of every view."""
+        return self.views[0].grid
+
+    def chunk(self, picks, _net=None):
+        pixels = [self.views[v].read(self.views[v].stored.picture, self.views[v].boxes[t]) for v, t in picks]
+        return Chunk(self._pixels(pixels), None, [v for v, _ in picks], None, None)
+
+
+class Classification(Problem):
+    COLUMNS = ("accuracy", "kappa", "val_loss")
+    CURVES = (("accuracy", "validation accuracy"), ("kappa", "validation kappa"))
+    SCORE = "accuracy"
+    scores_pixels = False
+
+    @staticmethod
+    def find(config, data):
+        """(pairs, classes) behind --data; none without it."""
+        if not data:
+            raise UsageError("--model %s needs --data: %s" % (config.model, labelled.LAYOUTS))
+        return labelled.find(data, config.val_share, config.group_by)
+
+    @staticmethod
+    def overview(settings):
+        return (settings.tile, settings.tile) if settings.fusion != "none" else ()
+
+    @staticmethod
+    def check(config, train):
+        side = mode_settings(config).resize_px
+        other = [entry for entry in train if (entry.height, entry.width) != (side, side)]
+        if other:
+            raise UsageError("%s is %dx%d px, and with --fit none all images are to be --res %d px wide and high, for one grid of "
+                             "patches. Leave --fit out" % (other[0].pair.image, other[0].width, other[0].height, side))
+
+    @staticmethod
+    def build(config, outputs, kind):
+        settings = mode_settings(config)
+        side = len(tiles.plan(settings.resize_px, settings.resize_px, settings.tile or settings.resize_px).ys)
+        return gridnet.build(config.model, config.head, config.width, kind, outputs, (side, side), settings.fusion)
+
+    @staticmethod
+    def probe(net, outputs, count, px):
+        """The sum of what black patches become, to see what a pass through the encoder keeps."""
+        return net.encoder(torch.zeros(count, 3, px, px)).sum()
+
+    def views_to_batch(self, views, _rng, _epoch, _number):
+        return GridBatch(views, self.side, self.device)
+
+    def objective(self, _state):
+        return GridLoss()
+
+    def calibrate(self, net):
+        rng = np.random.RandomState(self.config.seed)
+        chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_PATCHES]]
+        return lambda: [self._logits(net, stored) for stored in chosen]
+
+    def _logits(self, net, stored):
+        """(1, classes): the whole image through the net, as in evaluation, chunk by chunk."""
+        batch = GridBatch([View(stored, 0, self.tile)], self.side, self.device)
+        every, count = batch.every_patch(), micro_batch(self.config)
+        vectors = torch.cat([net.encoder(batch.chunk(every[i:i + count]).pixels) for i in range(0, len(every), count)])
+        g = net.encoder(batch.overviews([0])) if self.side else None
+        return net.head(vectors.t().reshape((1, -1) + batch.grid()), g)
+
+    def probabilities(self, net, stored):
+        """(classes,) of one image."""
+        net.eval()
+        with torch.no_grad():
+            return torch.softmax(self._logits(net, stored)[0], 0).cpu().numpy()
+
+    def evaluate(self, net, stored, final=False):
+        """Accuracy, quadratic kappa (Cohen 1968), mean cross-entropy and the confusion matrix [true][predicted]."""
+        truth = np.array([entry.pair.label for entry in stored])
+        shares = np.stack([self.probabilities(net, entry) for entry in stored])
+        matrix = metrics.confusion(truth, shares.argmax(axis=1), len(self.classes.names))
+        return {"accuracy": float(np.trace(matrix)) / matrix.sum(), "kappa": metrics.quadratic_kappa(matrix),
+                "val_loss": float(-np.log(np.maximum(shares[np.arange(len(truth)), truth], 1e-12)).mean()), "confusion": matrix.tolist()}
+
+    @staticmethod
+    def row(result):
+        return {name: result[name] for name in Classification.COLUMNS}
+
+    @staticmethod
+    def line(row):
+        return "accuracy %.3f  kappa %.3f" % (row["accuracy"], row["kappa"])
+
+    def describe(self, result):
+        return self.line(result)
+
+    def words(self):
+        side = "%dx%d" % (View(self.train[0], 0, self.tile).grid[::-1])
+        return "mode %s, %s gradient, global patch %s, patches %s of %d px, head %s" % (
+            self.config.mode, self.settings.gradient, self.settings.fusion, side, self.tile, self.config.head)
+
+    def draw(self, net, stored, path):
+        """The image with its label and the likeliest three, as a picture in the file `path`."""
+        shares = self.probabilities(net, stored)
+        small = shown(stored.picture)
+        sheet = Image.new("RGB", (max(small.shape[1], 260), small.shape[0] + 64), "white")
+        sheet.paste(Image.fromarray(small), (0, 0))
+        pen = ImageDraw.Draw(sheet)
+        pen.text((6, small.shape[0] + 4), "label %s" % self.classes.names[stored.pair.label], fill="black")
+        for line, index in enumerate(np.argsort(-shares)[:3]):
+            right = index == stored.pair.label
+            pen.text((6, small.shape[0] + 18 + 14 * line), "%s  %.0f %%" % (self.classes.names[index], 100 * shares[index]),
+                     fill=(0, 128, 0) if right else (90, 90, 90))
+        images.write_png(path, np.array(sheet))

@@ -1,0 +1,62 @@
+"""What is trained on what: all that is fixed during a run, and all that differs between tasks. The loop knows no task by name."""
+import numpy as np
+
+from train_lite.config import micro_batch, mode_settings, task_of
+from train_lite.gradient import Gradient
+from train_lite.patches import View
+
+REWARM = 0.05  # share of the steps over which the rate rises again after the norms are frozen
+
+
+def task(config):
+    """The Problem class of a config's task."""
+    if task_of(config.model) == "classification":
+        from train_lite.classification import Classification
+        return Classification
+    from train_lite.segmentation import Segmentation
+    return Segmentation
+
+
+class Problem:
+    """Fixed during a run. train, val, test: lists of Stored; classes: a dataset.Classes; device: a torch.device.
+
+    A task adds: find(config, data) -> (pairs, classes), overview(settings), check(config, train), build(config, outputs, kind),
+    probe(net, outputs, tiles, px), all static; views_to_batch, objective, calibrate, evaluate, row, line, describe, words, draw; and
+    COLUMNS, CURVES, SCORE of metrics.csv."""
+
+    def __init__(self, config, classes, train, val, test, device):
+        self.config, self.classes, self.device = config, classes, device
+        self.train, self.val, self.test = train, val, test
+        self.settings = mode_settings(config)
+        longest = max(max(s.height, s.width) for s in train)
+        self.tile = self.settings.tile or max(self.settings.task or (-(-longest // 16) * 16,))
+        self.side = self.tile if self.settings.fusion != "none" else 0
+        self.batches = -(-len(train) // config.batch)
+        inner = config.inner if self.settings.gradient == "sampled" else 1
+        self.steps = -(-self.batches * inner // config.accumulation) * config.epochs
+        freeze_at = {"group": config.freeze_at, "frozen": 0.0}.get(config.norm, 1.0)
+        self.freeze_step = int(round(freeze_at * self.steps))
+
+    turns = range(8)  # of View: how training images may be turned
+    scores_pixels = True  # of images at --res, whatever size the net was trained at
+
+    def batch(self, epoch, number):
+        """Batch `number` of an epoch, and the generator for everything random in it: functions of the seed."""
+        config = self.config
+        order = np.random.RandomState([config.seed, epoch]).permutation(len(self.train))
+        rng = np.random.RandomState([config.seed, epoch, number + 1])
+        views = [View(self.train[i], self.turns[int(rng.randint(len(self.turns)))] if config.augment else 0, self.tile)
+                 for i in order[number * config.batch:(number + 1) * config.batch]]
+        return self.views_to_batch(views, rng, epoch, number), rng
+
+    def gradient(self, state):
+        config = self.config
+        return Gradient(state.net, self.objective(state), self.settings, config.patches, config.inner, micro_batch(config),
+                        state.loss_scale)
+
+    def learning_rate(self, step, frozen_at=0):
+        """Of optimizer step 1, 2, ...: untuned linear warm-up over 2 / (1 - beta2) steps (Ma & Yarats 2019, section 5),
+        capped by a share of the run, times linear decay to 0. frozen_at: steps done when the norms were frozen."""
+        config = self.config
+        period = max(1.0, min(2 / (1 - config.beta2), (REWARM if frozen_at else config.warm_up) * self.steps))
+        return config.lr * min(1.0, (step - frozen_at) / period) * (1 - (step - 1) / float(self.steps))
