@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 
-from edge import schema
+from edge import schema, tiles
 from edge.command import read_json, written
 from edge.errors import BadFile, UsageError
 from edge.scores import Recipe
@@ -17,7 +17,8 @@ from edge.warp.path import WarpRecipe
 SCHEMA_VERSION = 1
 GEOMETRY_VERSION = 1  # raised when edge.geometry changes what a coordinate means
 FEATURES = 8  # maps between encoder and head
-STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"], "uniform": ["net"], "deform": ["deform", "net"]}
+STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"], "uniform": ["net"], "deform": ["deform", "net"],
+          "grid": ["encoder", "head"]}
 TILED = ("tiled", "patch")  # pipelines that cut a frame into tiles
 WARPED = ("uniform", "deform")  # pipelines whose net sees samples of the whole image
 
@@ -92,7 +93,9 @@ def _disagreements(contract, model):
     names = [stage["name"] for stage in contract["stages"]]
     if names != STAGES[contract["pipeline"]]:
         wrong.append("stages are %s, a %s pipeline has %s" % (names, contract["pipeline"], STAGES[contract["pipeline"]]))
-    if (contract["overview"] is None) == (contract["pipeline"] == "patch"):
+    if (contract["task"] == "classification") != (contract["pipeline"] == "grid"):
+        wrong.append("a %s pipeline is for another task than %s" % (contract["pipeline"], contract["task"]))
+    if contract["pipeline"] != "grid" and (contract["overview"] is None) == (contract["pipeline"] == "patch"):
         wrong.append("overview is %s in a %s pipeline" % (contract["overview"], contract["pipeline"]))
     warped = contract["pipeline"] in WARPED
     if (contract["tile"] is None, "warp" in contract) != (warped, warped):
@@ -101,6 +104,8 @@ def _disagreements(contract, model):
         wrong.append("the density's pull, radius %(radius)s, reaches further than its %(density)s px" % contract["warp"])
     if not warped and contract["overview"] and contract["overview"]["size"] != contract["tile"]["size"]:
         wrong.append("the overview has %d px, its encoder takes %d" % (contract["overview"]["size"], contract["tile"]["size"]))
+    if contract["pipeline"] == "grid" and (contract["image"]["resize"], contract["tile"]["overlap"]) != ("stretch", 0):
+        return wrong + ["a grid pipeline stretches images and shares no pixels between tiles"]
     if not warped and contract["tile"]["overlap"] >= contract["tile"]["size"]:
         wrong.append("tile overlap %(overlap)d is not smaller than the tile, %(size)d" % contract["tile"])
     for stage in contract["stages"]:
@@ -131,6 +136,13 @@ def _shapes(contract, stage):
             return {"inputs": {"image": [1, 3] + size}, "outputs": {"logits": [1, 1] + size}}
         return {"inputs": {"samples": [1, 3] + size}, "outputs": {"scores": [1, outputs] + size}}
     side, batch = contract["tile"]["size"], contract["tile"]["batch"]
+    if contract["pipeline"] == "grid":
+        features = contract["stages"][0]["outputs"][0]["shape"][-1]
+        if stage == "encoder":
+            return {"inputs": {"pixels": [batch, 3, side, side]}, "outputs": {"features": [batch, features]}}
+        cells = {"cells": [1, features] + list(grid(contract["image"]["resize_px"], side))}
+        return {"inputs": dict(cells, overview=[1, features]) if contract["overview"] else cells,
+                "outputs": {"scores": [1, len(contract["classes"])]}}
     pixels, scores = {"pixels": [batch, 3, side, side]}, {"scores": [batch, outputs, side, side]}
     if stage == "net":
         return {"inputs": pixels, "outputs": scores}
@@ -140,6 +152,11 @@ def _shapes(contract, stage):
     view = contract["overview"]["size"] if contract["overview"] else 0
     return {"inputs": dict(features, overview=[1, FEATURES, view, view], rows=[batch, side, view], cols=[batch, side, view]),
             "outputs": scores}
+
+
+def grid(resize_px, tile):
+    """(rows, cols) of the tiles of a pipeline `grid`."""
+    return (len(tiles.plan(resize_px, resize_px, tile).ys),) * 2
 
 
 def recipe(contract):

@@ -29,6 +29,8 @@ class Result(NamedTuple):
     error: Optional[str]                   # why a frame has no result
     level: int                             # 0: all is done; more: less, see edge.pressure
     model: str                             # contract.identity of what computed it
+    label: Optional[str]                   # of a net that labels whole pictures: the likeliest class,
+    scores: Optional[Dict[str, float]]     # and class name -> how likely it is, 0..1
 
 
 class Stopwatch:
@@ -75,11 +77,8 @@ def _work(frame, pipeline, sinks, lap, scale):
     picture, pipeline.scale = frame.open(), scale
     sinks.take_up(pipeline.classes, pipeline.palette)
     lap("read")
-    mask, overlay, counts = sinks.write_bands(frame, picture, pipeline.bands(picture, lap), lap, pipeline.blend)
-    samples = sinks.write_samples(frame, overlay, pipeline.positions)
-    lap("write")
-    return {"height": picture.height, "width": picture.width, "mask": mask, "overlay": overlay, "samples": samples,
-            "area": {name: float(n) / counts.sum() for name, n in zip(pipeline.classes, counts)}}
+    found = pipeline.results(frame, picture, sinks, lap)
+    return dict(found, height=picture.height, width=picture.width)
 
 
 def pressure_on(source, pipeline, *options):
@@ -122,7 +121,7 @@ def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", s
             for frame, line in steps(opened, pipeline, sinks, pressure_on(opened, pipeline, pressure, least_rate, least_scale)):
                 yield frame, Result(None if line["error"] else sinks.mask, line.get("area"), line.get("latency_ms"),
                                     line["capture_time_s"], line["done_time_s"], frame.health, line["error"], line["level"],
-                                    line["model"])
+                                    line["model"], line.get("label"), line.get("scores"))
 
 
 def benchmark(source, pipeline, warm_up, runs):

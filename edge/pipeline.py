@@ -2,7 +2,7 @@
 import numpy as np
 
 from edge import contract as contracts
-from edge import scores
+from edge import scores, tiles
 from edge.errors import BadFile, UsageError
 from edge.warp import path
 
@@ -101,6 +101,14 @@ class Segmenter:
         """All of it: (H, W) uint8."""
         return np.concatenate(list(self.bands(picture)))
 
+    def results(self, frame, picture, sinks, lap):
+        """One frame into the sinks. Returns what its line says of it."""
+        mask, overlay, counts = sinks.write_bands(frame, picture, self.bands(picture, lap), lap, self.blend)
+        samples = sinks.write_samples(frame, overlay, self.positions)
+        lap("write")
+        return {"mask": mask, "overlay": overlay, "samples": samples,
+                "area": {name: float(n) / counts.sum() for name, n in zip(self.classes, counts)}}
+
     def attempt(self, work):
         """work(), which takes one frame through this pipeline. One with another model at hand may call it again: edge.shelf."""
         return work()
@@ -113,3 +121,55 @@ class Segmenter:
 
     def __exit__(self, *unused):
         self.close()
+
+
+class Classifier(Segmenter):
+    """A label for every picture, from the grid of its tiles. As a Segmenter otherwise."""
+
+    def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
+        if resize != "model":
+            raise UsageError("--resize %s: the model labels whole pictures, which it takes at one size. Leave --resize out" % resize)
+        super().__init__(contract, files, backend, threads, resize, still)
+
+    def score_bands(self, picture, lap=lambda stage: None):
+        """Yield (0, scores (C, 1, 1)): what parity and proof compare."""
+        recipe, pixels = self.recipe, self.session.pixels
+        lap = pixels.timed(lap)
+        view = pixels.fitted(picture, recipe.resize_px, recipe.resize_px)
+        boxes = tiles.plan(view.height, view.width, recipe.tile).boxes()
+        vectors = [self._encoded(view, boxes[i:i + recipe.batch], lap) for i in range(0, len(boxes), recipe.batch)]
+        rows, cols = contracts.grid(recipe.resize_px, recipe.tile)
+        given = {"cells": np.ascontiguousarray(np.concatenate(vectors).T.reshape(1, -1, rows, cols))}
+        if recipe.overview:
+            small = pixels.fitted(view, recipe.overview, recipe.overview)
+            given["overview"] = self._encoded(small, [(0, 0, recipe.overview, recipe.overview)], lap)
+        scores = self.session.run("head", given)["scores"]
+        lap("run")
+        yield 0, np.array(scores[0])[:, None, None]
+
+    def _encoded(self, view, boxes, lap):
+        ready = self.session.pixels.prepared(view, boxes, self.recipe)
+        lap("prepare")
+        vectors = self.session.run("encoder", {"pixels": self._full(ready)})["features"]
+        lap("run")
+        return np.array(vectors[:len(boxes)])
+
+    def results(self, frame, picture, sinks, lap):
+        shares = self.shares(picture, lap)
+        label = self.classes[int(shares.argmax())]
+        overlay = sinks.write_label(frame, "%s  %.0f %%" % (label, 100 * shares.max()))
+        lap("write")
+        return {"mask": None, "overlay": overlay, "samples": None, "label": label,
+                "scores": {name: float(share) for name, share in zip(self.classes, shares)}}
+
+    def shares(self, picture, lap=lambda stage: None):
+        """(C,) float: how likely each class is."""
+        (_y0, scores), = self.score_bands(picture, lap)
+        powers = np.exp(scores[:, 0, 0] - scores.max())
+        lap("decode")
+        return powers / powers.sum()
+
+
+def of(contract):
+    """The class whose objects run this contract's model."""
+    return Classifier if contract["task"] == "classification" else Segmenter

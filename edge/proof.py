@@ -19,7 +19,7 @@ def picture():
 def answers(segmenter):
     """What a Segmenter gives on the picture at its own size: {"scores": (C, 256) float32} and, of the pipeline deform,
     "logits" (1, 256). There the scores are of samples that lie evenly: where logits put them, their last bits would count."""
-    shown, recipe, pixels = picture(), segmenter.recipe._replace(resize="none"), segmenter.session.pixels
+    shown, recipe, pixels = picture(), segmenter.recipe._replace(resize="none"), segmenter.session.pixels  # a grid's is its own
     found = {}
     if segmenter.moves:
         _view, logits = path.look(shown, recipe, segmenter.logits, lambda stage: None, None, pixels, lambda kept, _recipe: kept)

@@ -17,10 +17,9 @@ from typing import Any, Dict, NamedTuple, Optional
 
 import numpy as np
 
-from edge import backends, contract, proof, schema, service, trial
+from edge import backends, contract, pipeline, proof, schema, service, trial
 from edge.command import read_json, say, sync_folder, written
 from edge.errors import BadFile, EdgeError, UsageError
-from edge.pipeline import Segmenter
 
 PROBATION = 100  # frames
 LOOK_S = 1.0     # between looks at state.json
@@ -111,7 +110,7 @@ def load(model, backend, *how):
     made, files = contract.load(model)
     module = backends.choose(backend, model)
     trial.demand(model, module.NAME, made)
-    return Segmenter(made, files, module, *how)
+    return pipeline.of(made)(made, files, module, *how)
 
 
 def opened(engine, backend, *how):
@@ -149,7 +148,7 @@ def update(folder, model, backend="auto"):
                           % (model, digits, state.refused[digits]))
         module = backends.choose(backend, model)
         trial.demand(model, module.NAME, made)
-        with Segmenter(made, files, module) as segmenter:
+        with pipeline.of(made)(made, files, module) as segmenter:
             proof.demand(segmenter, made, model)
         change(folder, lambda state: _prune(folder, state))
         if digits != state.previous:

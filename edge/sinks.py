@@ -123,6 +123,28 @@ class Sinks:
         lap("write")
         return mask_path, overlay_path, counts
 
+    def write_label(self, frame, words):
+        """The shrunk picture with its label above it, where overlays go; a .png too. Returns the overlay's path, or None."""
+        mask_path, path = self.paths(frame)
+        path = mask_path if self._one_mask else path
+        self._count += 1
+        if not (path or self.recorder or self._live):
+            return None
+        from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
+        sheet = pictures.beside([(words, pictures.shown(frame.open()))])
+        size = sheet.shape[:2]
+        room = self.recorder.begin(size[0], size[1], frame.rate) if self.recorder else None
+        if path:
+            images.write_png(path, sheet)
+        if room is not None:
+            room[:] = sheet
+            self.recorder.commit()
+        view = self._live.begin(*size) if self._live else None
+        if view:
+            view.add(0, sheet, np.zeros(size, np.uint8))
+            self._live.show(view)
+        return path
+
     def write_samples(self, frame, overlay_path, positions):
         """Draw where a frame's samples lie, beside its overlay. positions: (th, tw, 2), or None. Returns the path, or None."""
         if overlay_path is None or positions is None:
@@ -168,6 +190,9 @@ class Memory:
             y += len(labels)
             lap("write")
         return None, None, counts
+
+    def write_label(self, _frame, _words):
+        self.mask = None
 
     def write_samples(self, _frame, _overlay_path, _positions):
         return None

@@ -104,7 +104,7 @@ def _build(config):
 
 def export(path, out, config, backend):
     """Write the files of checkpoint `path` as `out`, all of them or none. Returns the report."""
-    from edge.pipeline import Segmenter
+    from edge import pipeline as pipelines
     from export import parity, to_onnx
     from train_lite import evaluate, state
     from train_lite.config import mode_settings
@@ -118,7 +118,8 @@ def export(path, out, config, backend):
                                     classes, recipe, pipeline)
         for file in files.values():
             targets.demand(file, config.target)
-        with Segmenter(made, files, backend) as segmenter, Segmenter(made, files, parity.TorchBackend(net)) as reference:
+        kind = pipelines.of(made)
+        with kind(made, files, backend) as segmenter, kind(made, files, parity.TorchBackend(net)) as reference:
             # not what the contract says of them, but what they were trained with
             reference.recipe, reference.classes = recipe, list(classes.names)
             reference.palette = [tuple(colour) for colour in classes.palette]
@@ -145,16 +146,17 @@ def export(path, out, config, backend):
 
 def _validation(trained, classes):
     """(name, path, labels) of the run's validation images, as parity.chosen takes them; [] where its data is not here."""
-    from train_lite import dataset, store
+    from train_lite import store
+    from train_lite.problem import task
     data = trained.data or os.path.join("runs", "demo-%d" % trained.res)
     try:
-        pairs = dataset.find_pairs(data, trained.val_share, trained.group_by)
+        pairs, _classes = task(trained).find(trained, data)
     except (BadFile, UsageError):
         return []
 
     def labels(pair, box):
         return store.LabelDecoder(pair.mask, classes)(images.open_mask(pair.mask, classes.by_colour).window(*box))
-    return [(pair.name, pair.image, functools.partial(labels, pair)) for pair in [p for p in pairs if p.split == "val"] or pairs]
+    return [(pair.name, pair.image, functools.partial(labels, pair) if pair.mask else None) for pair in [p for p in pairs if p.split == "val"] or pairs]
 
 
 if __name__ == "__main__":

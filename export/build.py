@@ -8,11 +8,10 @@ import sys
 import tempfile
 import time
 
-from edge import contract, proof, trial
+from edge import contract, pipeline, trial
 from edge.command import cache_home, say
 from edge.errors import BadFile, EngineMismatch, MissingPart, OverBudget, UsageError
 from edge.optional import need
-from edge.pipeline import Segmenter
 from export import parity
 from jetson.memory import field_mib, read_text
 
@@ -56,7 +55,8 @@ def _parity(exported, built, config, out):
     from edge.backends import ort, trt
     made, files = exported
     frames = parity.chosen(config.frames, [])
-    with Segmenter(made, files, ort) as first, Segmenter(built[0], built[1], trt) as second:
+    kind = pipeline.of(made)
+    with kind(made, files, ort) as first, kind(built[0], built[1], trt) as second:
         report, calls = parity.compare(first, second, frames)
     precision = built[0]["engine"]["precision"]
     # which layer is to blame costs two more runs of every net: asked only when there is one

@@ -84,6 +84,8 @@ class TorchSession:
                 return {"logits": self._net.deform(given["image"]).numpy()}
             if stage == "encoder":
                 return {"features": self._net.encoder(given["pixels"]).numpy()}
+            if "cells" in given:
+                return {"scores": self._net.head(given["cells"], given.get("overview")).numpy()}
             if stage == "head":
                 return {"scores": self._net.score(given["features"], given["overview"], given["rows"], given["cols"]).numpy()}
             (pixels,) = given.values()

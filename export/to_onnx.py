@@ -12,6 +12,7 @@ from torch import nn
 from edge import __version__, contract
 from edge.errors import UsageError
 from edge.optional import need
+from train_lite.config import task_of
 from train_lite.models import FEATURES, norm
 
 OPSET = 13      # the last that TensorRT 8.2 documents
@@ -29,8 +30,21 @@ class Head(nn.Module):
         return self.net.score(features, overview, rows, cols)
 
 
+class GridHead(nn.Module):
+    """What reads a grid of patches."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, cells, overview=None):
+        return self.net.head(cells, overview)
+
+
 def pipeline_of(config, fusion):
     """The contract's pipeline for a trained config. Raises UsageError for a sampler that has none."""
+    if task_of(config.model) == "classification":
+        return "grid"
     if config.sampler == "edge-oracle":
         raise UsageError("a net of --sampler edge-oracle looks where the labels' edges are, which a camera does not know. Train "
                          "one with --sampler deform or edge")
@@ -51,6 +65,11 @@ def stages(net, pipeline, recipe):
         return look[:pipeline == "deform"] + [("net", net, {"samples": torch.zeros((1, 3) + recipe.task)}, "scores")]
     tile, batch = recipe.tile, recipe.batch
     pixels = torch.zeros(batch, 3, tile, tile)
+    if pipeline == "grid":
+        given = {"cells": torch.zeros((1, net.features) + contract.grid(recipe.resize_px, tile))}
+        if recipe.overview:
+            given["overview"] = torch.zeros(1, net.features)
+        return [("encoder", net.encoder, {"pixels": pixels}, "features"), ("head", GridHead(net), given, "scores")]
     if pipeline != "patch":
         return [("net", net, {"pixels": pixels}, "scores")]
     features, spread = torch.zeros(batch, FEATURES, tile, tile), torch.zeros(batch, tile, tile)
@@ -118,7 +137,7 @@ def operators(path):
 def _tensor(name, shape):
     what = {"pixels": "(x / 255 - mean) / std, RGB", "rows": "0..1, each row sums to 1", "cols": "0..1, each row sums to 1",
             "scores": "logits", "features": "any", "overview": "any", "logits": "any; softmax over the map is the density"}
-    what.update(image=what["pixels"], samples=what["pixels"])
+    what.update(image=what["pixels"], samples=what["pixels"], cells="any")
     return {"name": name, "dtype": "float32", "shape": list(shape), "range": what[name]}
 
 
@@ -135,7 +154,7 @@ def write(folder, stem, net, config, classes, recipe, pipeline):
     warped = pipeline in contract.WARPED
     made = {
         "format": "nanopatch-contract", "schema_version": contract.SCHEMA_VERSION, "nanopatch": __version__,
-        "task": "segmentation", "pipeline": pipeline, "geometry_version": contract.GEOMETRY_VERSION, "stages": described,
+        "task": task_of(config.model), "pipeline": pipeline, "geometry_version": contract.GEOMETRY_VERSION, "stages": described,
         "image": {"colour": "RGB", "mean": list(recipe.mean), "std": list(recipe.std), "resize": recipe.resize,
                   "resize_px": recipe.resize_px},
         "tile": None if warped else {"size": recipe.tile, "overlap": recipe.overlap, "batch": recipe.batch},

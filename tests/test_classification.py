@@ -1,0 +1,423 @@
+"""Whole-image labels from grids of patches: gradients, data, UltraMNIST, scores."""
+import gzip
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import command, real_data
+from edge.errors import BadFile, UsageError
+from edge.images import ArrayPicture
+from train_lite import labelled, metrics, patches, ultramnist
+from train_lite.classification import GridBatch
+from train_lite.config import ModeSettings
+from train_lite.dataset import Pair
+from train_lite.gradient import Gradient
+from train_lite.losses import GridLoss
+from train_lite.models import gridnet
+from train_lite.patches import View
+
+TILE = 32
+
+
+class Memory:
+    """A Stored whose pixels are arrays."""
+
+    def __init__(self, rng, side, label):
+        self.pair, self.height, self.width = Pair("x", "", "", "train", label), side, side
+        self.picture = ArrayPicture(rng.randint(0, 256, (side, side, 3)).astype(np.uint8))
+        self._overview = rng.randint(0, 256, (TILE, TILE, 3)).astype(np.uint8)
+
+    def overview(self, height, width):
+        assert height == width == TILE
+        return self._overview
+
+
+def problem(model="mobilenetv2", head="small", norm="group", fusion="add", labels=(2, 0, 1), side=64, seed=0):
+    """(net, batch) of toy size in float64, the views turned in different ways; no dropout."""
+    rng = np.random.RandomState(seed)
+    torch.manual_seed(seed)
+    net = gridnet.build(model, head, 4, norm, 3, (side // TILE,) * 2, fusion).double()
+    for module in net.modules():
+        if hasattr(module, "running_var"):
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.normal_()
+        if isinstance(module, (torch.nn.Dropout, torch.nn.Dropout2d)):
+            module.p = 0.0
+    for ending in net.encoder.residual_ends():  # they begin at zero, and then nothing behind them has a gradient
+        torch.nn.init.uniform_(ending.weight, 0.5, 1.5)
+    views = [View(Memory(rng, side, label), turn, TILE) for label, turn in zip(labels, (0, 5, 2))]
+    return net, GridBatch(views, TILE if fusion != "none" else 0, torch.device("cpu"), torch.float64)
+
+
+def plain(net, batch):
+    """(loss, {name: gradient}): every patch and global patch in one pass, one graph."""
+    every, (rows, cols) = batch.every_patch(), batch.grid()
+    vectors = net.encoder(batch.chunk(every).pixels)
+    cells = torch.stack([torch.stack([vectors[v * rows * cols + t] for t in range(rows * cols)], 1).reshape(-1, rows, cols)
+                         for v in range(len(batch.views))])
+    g = net.encoder(batch.overviews(list(range(len(batch.views))))) if batch.side else None
+    if net.fusion == "add":
+        cells = cells + g.reshape(g.shape + (1, 1))
+    elif net.fusion == "concat":
+        cells = torch.cat([cells, g.reshape(g.shape + (1, 1)) * torch.ones(1, 1, rows, cols).double()], 1)
+    logits = net.last(cells)
+    loss = -torch.log_softmax(logits, 1)[torch.arange(len(logits)), [view.stored.pair.label for view in batch.views]].mean()
+    loss.backward()
+    return float(loss.detach()), taken(net)
+
+
+def taken(net):
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    for p in net.parameters():
+        p.grad = None
+    return found
+
+
+def ours(net, batch, how="exact", micro=2, patches=1, inner=1):
+    """(losses, {name: gradient}) as training computes them."""
+    made = Gradient(net, GridLoss(), ModeSettings("none", 0, TILE, net.fusion, how, "image", 0), patches, inner, micro)
+    losses = list(made.rounds(batch, np.random.RandomState(0)))
+    made.finish(clip=0)
+    return losses, taken(net)
+
+
+def assert_same(got, want):
+    assert sorted(got) == sorted(want)
+    scale = max(float(g.abs().max()) for g in want.values())
+    for name in want:
+        assert float((got[name] - want[name]).abs().max()) <= 1e-9 * max(float(want[name].abs().max()), 1e-3 * scale), name
+
+
+CASES = [("mobilenetv2", "small", "group", "add", 2), ("mobilenetv2", "patchgd", "frozen", "concat", 1), ("resnet50", "small", "group", "none", 5),
+         ("resnet50", "patchgd", "group", "add", 100)]
+
+
+@pytest.mark.parametrize("model, head, norm, fusion, micro", CASES)
+def test_exact_equals_plain_autograd(model, head, norm, fusion, micro):
+    net, batch = problem(model, head, norm, fusion)
+    value, want = plain(net, batch)
+    (got_value,), got = ours(net, batch, micro=micro)
+    assert abs(got_value - value) < 1e-12 * abs(value)
+    assert_same(got, want)
+
+
+def test_sampled_with_every_patch_is_exact():
+    net, batch = problem()
+    _value, want = plain(net, batch)
+    _losses, got = ours(net, batch, "sampled", patches=4)
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("model", ["mobilenetv2", "resnet50"])
+def test_either_path_alone_trains_all_of_the_backbone(model):
+    """The local patches without a global one; the global patch where no local one carries gradient."""
+    net, batch = problem(model, fusion="none")
+    _losses, local = ours(net, batch, "sampled", patches=1)
+    assert all(float(local["encoder." + name].abs().max()) > 0 for name, _p in net.encoder.named_parameters())
+    net, batch = problem(model, fusion="add")
+    made = Gradient(net, GridLoss(), ModeSettings("none", 0, TILE, "add", "sampled", "image", 0), 1, 1, 4)
+    table = made.objective.table(batch)
+    made.fill(batch, batch.every_patch(), table, 0)
+    table.surrogate = lambda _picks, kept, _factor: 0 * kept.sum()
+    made.add(batch, batch.every_patch()[:1], table, 0, filled=True)
+    assert all(float(p.grad.abs().max()) > 0 for p in net.encoder.parameters())
+
+
+def test_draws():
+    """once: every patch before any comes again; again: each group anew, so that some come twice."""
+    _net, batch = problem(labels=(1,), side=128)
+    for again, most in ((False, 1), (True, 9)):
+        groups = list(patches.draw(np.random.RandomState(3), batch, 4, 4, again))
+        counts = np.bincount([tile for group in groups for _v, tile in group], minlength=16)
+        assert [len(set(group)) for group in groups] == [4] * 4 and counts.sum() == 16
+        assert counts.max() == 1 if not again else 1 < counts.max() <= most
+
+
+def test_stale_cells_keep_their_vectors():
+    """One patch of four is fresh: the loss is that of all four, three of them as the first pass left them."""
+    net, batch = problem(fusion="none", labels=(1,))
+    (value,), got = ours(net, batch, "sampled", patches=1)
+    whole, want = plain(net, batch)
+    assert abs(value - whole) < 1e-12 and float((got["last.last.weight"] - want["last.last.weight"]).abs().max()) < 1e-12
+    assert float((got["encoder.features.0.0.weight"] - want["encoder.features.0.0.weight"]).abs().max()) > 1e-9
+
+
+def test_published_sizes_and_names():
+    """torchvision's parameter counts, its classifier apart; and its names, from its documentation."""
+    resnet, mobile = (gridnet.build(name, "patchgd", width, "batch", 28, (2, 2), "add").encoder
+                      for name, width in (("resnet50", 64), ("mobilenetv2", 32)))
+    counts = [sum(p.numel() for name, p in net.named_parameters() if name.split(".")[0] not in ("fc", "classifier"))
+              for net in (resnet, mobile)]
+    assert counts == [25557032 - 2049000, 3504872 - 1281000]
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.downsample.1.bias", "layer4.2.conv3.weight", "fc.weight"} <= set(resnet.state_dict())
+    assert {"features.0.0.weight", "features.1.conv.1.weight", "features.2.conv.1.0.weight", "features.17.conv.3.running_var",
+            "features.18.1.bias", "classifier.1.weight"} <= set(mobile.state_dict())
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+def test_quadratic_kappa():
+    assert metrics.quadratic_kappa(np.diag([3, 4, 5])) == 1
+    assert abs(metrics.quadratic_kappa(np.outer([2, 4], [3, 6]))) < 1e-12 and metrics.quadratic_kappa([[0, 5], [5, 0]]) == -1
+    # by hand: weights 1 for neighbours and 4 for the ends; 1 - (1 * 2 + 4 * 1) / (sum of the products of the margins over 10)
+    matrix = np.array([[3, 1, 1], [0, 2, 0], [0, 1, 2]])
+    chance = np.outer([5, 2, 3], [3, 4, 3]) / 10.0
+    weights = np.array([[0, 1, 4], [1, 0, 1], [4, 1, 0]])
+    assert abs(metrics.quadratic_kappa(matrix) - (1 - 6 / (weights * chance).sum())) < 1e-12
+    assert np.isnan(metrics.quadratic_kappa([[4, 0], [0, 0]]))
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+def put(folder, *names, side=40):
+    for index, name in enumerate(names):
+        path = os.path.join(str(folder), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.fromarray(np.full((side, side + index % 2, 3), 10 * index % 256, np.uint8)).save(path)
+
+
+def test_layouts(tmp_path):
+    put(tmp_path / "a", "train/cat/1.png", "train/cat/2.png", "train/dog/1.png", "val/dog/3.png", "test/cat/9.png")
+    pairs, classes = labelled.find(str(tmp_path / "a"))
+    assert classes.names == ("cat", "dog") and classes.outputs == 2
+    assert sorted((p.name, p.split, p.label) for p in pairs) == [
+        ("test/cat/9", "test", 0), ("train/cat/1", "train", 0), ("train/cat/2", "train", 0), ("train/dog/1", "train", 1), ("val/dog/3", "val", 1)]
+    put(tmp_path / "b", *["%d/%d.png" % (label, index) for label in (2, 10, 1) for index in range(5)])
+    pairs, classes = labelled.find(str(tmp_path / "b"), 0.2)
+    assert classes.names == ("1", "2", "10")  # by number
+    assert [sum(p.split == "val" and p.label == label for p in pairs) for label in range(3)] == [1, 1, 1]  # of every class
+    (tmp_path / "b" / "labels.csv").write_text("image,label,split\n1/0.png,yes,\n1/1.png,no,train\n2/0.png,no,val\n")
+    pairs, classes = labelled.find(str(tmp_path / "b"))
+    assert classes.names == ("no", "yes") and [(p.label, p.split) for p in pairs] == [(0, "train"), (0, "val"), (1, "train")]
+
+
+@pytest.mark.parametrize("files, share, words", [
+    (["cat/1.png", "cat/2.png", "dog/1.png"], 0.2, "class dog has 1 training image"), (["cat/1.png", "cat/2.png"], 0.2, "holds 1 class"),
+    (["train/a/1.png", "train/b/1.png", "val/c/1.png"], 0.0, "no such class")])
+def test_class_folders_that_cannot_be_used(files, share, words, tmp_path):
+    put(tmp_path, *files)
+    with pytest.raises(BadFile, match=words):
+        labelled.find(str(tmp_path), share)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("image,label\na.png,x\na.png,y\n", "twice"), ("image,label\nb.png,x\n", "no such file"), ("image,label\na.png,\n", "line 2"), ("image\na.png\n", "line 2"),
+    ("image,label,split\na.png,x,dev\n", "line 2")])
+def test_csv_lines_that_cannot_be_used(text, words, tmp_path):
+    put(tmp_path, "a.png")
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(BadFile, match=words):
+        labelled.find(str(tmp_path), 0.0)
+
+
+def test_no_such_data(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        labelled.find(str(tmp_path / "x"))
+
+
+# --- UltraMNIST -----------------------------------------------------------------------------------------------------
+
+def write_idx(folder, part, images, labels, packed):
+    for name, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
+        with (gzip.open if packed else open)(os.path.join(str(folder), "%s-%s-ubyte%s" % (part, name, ".gz" if packed else "")), "wb") as handle:
+            handle.write(struct.pack(">" + "I" * (1 + array.ndim), magic, *array.shape) + array.tobytes())
+
+
+def fake_mnist(folder):
+    """Digits that are full squares of their own shade: 100 + 10 * digit in train, one more in test."""
+    os.makedirs(str(folder), exist_ok=True)
+    labels = np.arange(40).astype(np.uint8) % 10
+    for part, more, packed in (("train", 0, True), ("t10k", 1, False)):
+        write_idx(folder, part, np.ones((40, 28, 28), np.uint8) * (100 + 10 * labels + more)[:, None, None].astype(np.uint8), labels, packed)
+    return str(folder)
+
+
+def test_multisets_are_those_of_the_definition():
+    counts = [[sum(len(chosen) == size for chosen in ultramnist.multisets(total)) for size in (3, 4, 5)] for total in (0, 10, 20, 27)]
+    assert counts == [[1, 1, 1], [13, 22, 29], [8, 41, 98], [1, 18, 88]]
+
+
+def test_digits_sum_up_and_do_not_touch(tmp_path):
+    pool, rng, sizes = ultramnist.digits(fake_mnist(tmp_path), "train"), np.random.RandomState(0), []
+    for total in list(range(28)) * 4:
+        canvas = ultramnist.draw(total, pool, 512, rng)
+        seen, values = canvas > 0, []
+        while seen.any():  # squares, one by one
+            y, x = np.argwhere(seen)[0]
+            side = int(np.argmin(np.append(seen[y, x:], False)))
+            assert (canvas[y:y + side, x:x + side] == canvas[y, x]).all() and side in {14} | {28 * f for f in range(1, 10)}
+            around = canvas[max(0, y - 1):y + side + 1, max(0, x - 1):x + side + 1]
+            assert (around > 0).sum() == side * side, "another digit touches"
+            seen[y:y + side, x:x + side] = False
+            values.append((int(canvas[y, x]) - 100) // 10)
+            sizes.append(side)
+        assert sum(values) == total and 3 <= len(values) <= 5
+    assert min(sizes) == 14 and max(sizes) > 200
+
+
+def test_scales_have_the_weights_of_the_definition():
+    rng, digit = np.random.RandomState(1), np.ones((28, 28), np.uint8)
+    sides = [len(ultramnist.enlarged(digit, rng)) for _ in range(4000)]
+    for side, share in ((14, 0.1), (28, 0.1), (56, 0.16), (140, 0.04), (252, 0.16)):
+        assert abs(np.mean(np.array(sides) == side) - share) < 0.025, side
+
+
+def test_the_set_is_written(tmp_path):
+    words = ("train_lite.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", "--side", 256, "--canvas", 512, "--sums", 10,
+             "--train", 20, "--val", 10, "--test", 10, "--json")
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts == json.loads((tmp_path / "out" / "ultramnist.json").read_text()) and facts["canvas"] == 512 and facts["side"] == 256
+    pairs, classes = labelled.find(str(tmp_path / "out"))
+    assert classes.names == tuple(map(str, range(10))) and [sum(p.split == s for p in pairs) for s in ("train", "val", "test")] == [20, 10, 10]
+    shades = {split: {int(v) for p in pairs if p.split == split for v in np.unique(np.array(Image.open(p.image)))} for split in ("train", "test")}
+    assert 101 in shades["test"] and 101 not in shades["train"] and 100 in shades["train"]  # the test set has test digits
+    again = command(*words)
+    assert again.returncode == 2 and "holds a set already" in again.stderr
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (["--side", "20"], 2, "--side is 20"), (["--canvas", "100"], 2, "--canvas is 100"), (["--sums", "30"], 2, "--sums"), (["--mnist", "nowhere"], 5, "no train")])
+def test_ultramnist_usage(words, code, said, tmp_path):
+    done = command("train_lite.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", *words)
+    assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1
+
+
+def test_damaged_idx(tmp_path):
+    folder = fake_mnist(tmp_path)
+    path = os.path.join(folder, "t10k-images-idx3-ubyte")
+    with open(path, "rb") as handle:
+        content = handle.read()
+    for damaged in (content[:-5], content[:3], b"\0\0\0\0" + content[4:]):
+        with open(path, "wb") as handle:
+            handle.write(damaged)
+        with pytest.raises(BadFile, match="damaged or no idx file"):
+            ultramnist.digits(folder, "t10k")
+
+
+def test_real_mnist_reads():
+    pool = ultramnist.digits(real_data("mnist"), "t10k")
+    assert [len(digit) for digit in pool] == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory):
+    """A set that a net learns in seconds: red images and green ones, of several shapes."""
+    folder, rng = tmp_path_factory.mktemp("shades"), np.random.RandomState(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for index in range(count):
+            name = ("green", "red")[index % 2]
+            os.makedirs(str(folder / split / name), exist_ok=True)
+            colour = np.array([(60, 180, 90), (180, 60, 90)][index % 2])
+            Image.fromarray((colour + rng.randint(-40, 41, (64, 64 + 16 * (index % 3), 3))).astype(np.uint8)).save(
+                str(folder / split / name / ("%d.png" % index)))
+    return folder
+
+
+def test_trains_and_resumes(shades, tmp_path):
+    words = ["--data", shades, "--res", 64, "--patch", 32, "--model", "mobilenetv2", "--width", 8, "--global-patch", "add", "--epochs", 8,
+             "--val-share", 0.3, "--validate-every", 4, "--out", tmp_path, "--name", "run", "--json"]
+    done = command("train_lite", *words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["test"]["accuracy"] == 1 and summary["test"]["confusion"] == [[2, 0], [0, 2]] and summary["best_val_accuracy"] == 1
+    assert "patches 2x2 of 32 px" in done.stderr and os.listdir(str(tmp_path / "run" / "samples"))
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert header == "epoch,step,loss,lr,seconds,peak_mib,accuracy,kappa,val_loss"
+    done = command("train_lite", "--resume", tmp_path / "run")
+    assert done.returncode == 0 and "test  accuracy 1.000" in done.stderr
+
+
+@pytest.mark.parametrize("flags, code, said", [
+    (["--sampler", "deform"], 2, "--sampler deform and --model mobilenetv2"), (["--fit", "none"], 2, "Leave --fit out"), (["--data", "nowhere"], 2, "does not exist")])
+def test_usage(flags, code, said, shades, tmp_path):
+    done = command("train_lite", "--data", shades, "--res", 64, "--patch", 32, "--model", "mobilenetv2", "--width", 4, "--out", tmp_path, *flags)
+    assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
+
+
+# --- export and edge-run --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(shades, tmp_path_factory):
+    """Folder of a run, and of its model.onnx, made by the commands."""
+    folder = tmp_path_factory.mktemp("classified")
+    done = command("train_lite", "--data", shades, "--res", 64, "--patch", 32, "--model", "mobilenetv2", "--width", 4, "--global-patch", "add", "--epochs", 2,
+                   "--val-share", 0.3, "--out", folder, "--name", "run")
+    assert done.returncode == 0, done.stderr
+    done = command("export", folder / "run", "--out", folder / "model.onnx")
+    assert done.returncode == 0, done.stderr
+    assert "grid pipeline" in done.stderr and "operators, all of them known to nano" in done.stderr
+    return folder
+
+
+def test_edge_run_gives_trainings_own_answers(trained, shades, tmp_path):
+    """The labels, and the shares to 1e-4, of every test image; its oblong ones too."""
+    from edge import schema
+    from train_lite import state, store
+    from train_lite.classification import Classification
+    net, config, classes, _tile, _meta = state.restore(str(trained / "run" / "best.safetensors"))
+    pairs, _classes = labelled.find(str(shades))
+    stored = store.ingest(pairs, classes, "stretch", 64, str(tmp_path / "cache"), 1, (32, 32), 0, [])
+    problem = Classification(config, classes, stored, [], [], torch.device("cpu"))
+    for split in ("train", "test"):
+        for name in classes.names:
+            done = command("edge.cli", "--engine", trained / "model.onnx", "--input", shades / split / name, "--output", tmp_path / "out")
+            assert done.returncode == 0, done.stderr
+            for line in [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]:
+                assert schema.violations(line, schema.load("result")) == []
+                entry, = [s for s in stored if s.pair.image == line["source"]]
+                shares = problem.probabilities(net, entry)
+                assert np.abs(np.array([line["scores"][n] for n in classes.names]) - shares).max() < 1e-4
+                assert line["label"] == classes.names[int(shares.argmax())] and abs(sum(line["scores"].values()) - 1) < 1e-5
+                assert Image.open(line["overlay"]).size[0] >= 64 and line["mask"] is None
+
+
+@pytest.mark.parametrize("model, head, fusion", [("mobilenetv2", "patchgd", "concat"), ("mobilenetv2", "small", "none"), ("resnet50", "small", "add")])
+def test_exports_pass_the_target_check_and_the_gate(model, head, fusion, tmp_path):
+    from edge import pipeline, proof
+    from edge.backends import ort
+    from export import parity, targets, to_onnx
+    from train_lite import evaluate
+    from train_lite.config import TrainConfig, mode_settings
+    from train_lite.dataset import Classes
+    config = TrainConfig(model=model, head=head, global_patch=fusion, width=4, res=64, patch=32)
+    torch.manual_seed(0)
+    net = gridnet.build(model, head, 4, "group", 3, (2, 2), fusion).eval()
+    for ending in net.encoder.residual_ends():
+        torch.nn.init.uniform_(ending.weight, 0.5, 1.5)
+    classes = Classes(("a", "b", "c"), ((0, 0, 0), (9, 9, 9), (99, 9, 9)), 3, False, ())
+    recipe = evaluate.recipe(mode_settings(config), 32, 1)
+    made, files = to_onnx.write(str(tmp_path), "model", to_onnx.folded(net), config, classes, recipe, to_onnx.pipeline_of(config, fusion))
+    for file in files.values():
+        targets.demand(file, "nano")
+    kind = pipeline.of(made)
+    with kind(made, files, ort) as candidate, kind(made, files, parity.TorchBackend(net)) as reference:
+        reference.recipe = recipe
+        frame = parity.Frame("frame", ArrayPicture(np.random.RandomState(3).randint(0, 256, (61, 83, 3)).astype(np.uint8)))
+        report, _calls = parity.compare(reference, candidate, [frame])
+        parity.demand(report, 1e-4, "model.onnx")
+        made["proof"] = proof.make(reference, 1e-4)
+        assert proof.demand(candidate, made, "model.onnx") < 1
+        candidate.recipe = candidate.recipe._replace(mean=candidate.recipe.mean[::-1])
+        report, _calls = parity.compare(reference, candidate, [frame])
+        with pytest.raises(Exception, match="begins in stage prepare"):
+            parity.demand(report, 1e-4, "model.onnx")
+
+
+def test_a_label_where_masks_would_go(trained, shades, tmp_path):
+    image = shades / "test" / "red" / "1.png"
+    done = command("edge.cli", "--engine", trained / "model.onnx", "--input", image, "--output", tmp_path / "one.png")
+    assert done.returncode == 0 and Image.open(str(tmp_path / "one.png")).size[0] >= 64, done.stderr
+    done = command("edge.cli", "--engine", trained / "model.onnx", "--input", image, "--resize", "none", "--output", "-")
+    assert done.returncode == 2 and "Leave --resize out" in done.stderr
+    import edge
+    (_frame, result), = edge.run(str(trained / "model.onnx"), str(image))
+    assert result.mask is None and result.label in ("green", "red") and abs(sum(result.scores.values()) - 1) < 1e-5
