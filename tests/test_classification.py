@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from conftest import command, real_data
+from doubles import api_folder
 from edge.errors import BadFile, UsageError
 from edge.images import ArrayPicture
 from train_lite import labelled, metrics, patches, ultramnist
@@ -20,6 +21,7 @@ from train_lite.gradient import Gradient
 from train_lite.losses import GridLoss
 from train_lite.models import gridnet
 from train_lite.patches import View
+from test_engine import board
 
 TILE = 32
 
@@ -421,3 +423,21 @@ def test_a_label_where_masks_would_go(trained, shades, tmp_path):
     import edge
     (_frame, result), = edge.run(str(trained / "model.onnx"), str(image))
     assert result.mask is None and result.label in ("green", "red") and abs(sum(result.scores.values()) - 1) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir(api_folder()), reason="the listed names of TensorRT's bindings are not in %s; set NANOPATCH_DATA" % api_folder())
+@pytest.mark.parametrize("generation", ["8.2", "11.4"])
+def test_engine_gives_the_scores_of_onnx_runtime(generation, trained, shades, tmp_path):
+    """On the doubles, through the kernels that prepare pixels on the device."""
+    images, env = shades / "test" / "red", board(generation, tmp_path)
+    done = command("export", trained / "model.onnx", "--out", tmp_path / "model.plan", "--frames", images, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = []
+    for engine, more in ((trained / "model.onnx", {}), (tmp_path / "model.plan", env)):
+        done = command("edge.cli", "--engine", engine, "--input", images, "--output", "-", env=more)
+        assert done.returncode == 0, done.stderr
+        lines.append([json.loads(text) for text in done.stdout.splitlines()])
+    assert len(lines[0]) == len(lines[1]) == 2
+    for one, other in zip(*lines):
+        assert one["label"] == other["label"] and max(abs(one["scores"][name] - other["scores"][name]) for name in one["scores"]) < 1e-4
