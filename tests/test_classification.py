@@ -3,13 +3,15 @@ import gzip
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import command, real_data
+from conftest import ROOT, command, real_data
 from doubles import api_folder
 from edge.errors import BadFile, UsageError
 from edge.images import ArrayPicture
@@ -441,3 +443,44 @@ def test_engine_gives_the_scores_of_onnx_runtime(generation, trained, shades, tm
     assert len(lines[0]) == len(lines[1]) == 2
     for one, other in zip(*lines):
         assert one["label"] == other["label"] and max(abs(one["scores"][name] - other["scores"][name]) for name in one["scores"]) < 1e-4
+
+
+ONE_BATCH = """
+import os, sys
+import torch
+from train_lite import labelled, store
+from train_lite.classification import Classification
+from train_lite.config import TrainConfig, mode_settings
+from train_lite.state import State
+torch.set_num_threads(1)
+folder, res = sys.argv[1], int(sys.argv[2])
+config = TrainConfig(model="mobilenetv2", width=16, res=res, patch=256, patches=2, inner=2, global_patch="add", epochs=1)
+pairs, classes = labelled.find(folder, 0.0)
+stored = store.ingest(pairs, classes, "stretch", res, os.path.join(folder, ".cache"), 16, (256, 256), 0, [])
+problem = Classification(config, classes, stored, [], [], torch.device("cpu"))
+state = State(problem)
+gradient = problem.gradient(state)
+batch, rng = problem.batch(0, 0)
+for _loss in gradient.rounds(batch, rng):
+    pass
+gradient.finish(config.clip)
+state.optimizer.step(config.lr)
+problem.evaluate(state.net, stored[:1])
+with open("/proc/self/status") as handle:
+    print([line.split()[1] for line in handle if line.startswith("VmHWM")][0])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_image(tmp_path):
+    """16 times the pixels, at most 5 % more at the peak of filling the grid, a step and a look at a validation image."""
+    peaks, env = {}, dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    blocks = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    for res in (1024, 4096):
+        folder = tmp_path / str(res)
+        for name in ("a", "b"):
+            (folder / name).mkdir(parents=True)
+            Image.fromarray(blocks).resize((res, res), Image.NEAREST).save(str(folder / name / "0.png"), compress_level=1)
+        # the first process reads the images; that is not in it
+        peaks[res] = [int(subprocess.check_output([sys.executable, "-c", ONE_BATCH, str(folder), str(res)], env=env)) for _ in range(2)][1]
+    assert peaks[4096] <= 1.05 * peaks[1024], peaks
