@@ -380,6 +380,7 @@ def test_off_never_looks(nano, monkeypatch):
 class Work:
     """A pipeline whose frames take 0.2 s of the clock."""
     classes, palette, positions, model = ["a"], [(0, 0, 0)], None, "0" * 12
+    results = Segmenter.results
 
     def __init__(self, clock):
         self.clock, self.scales = clock, []
@@ -560,4 +561,4 @@ def test_only_frames_that_may_be_dropped_are_made_smaller(nano, monkeypatch, new
 
 def test_pipelines_of_fixed_shape_only_pause():
     """The model's pipeline decides; none of fixed shape cuts tiles."""
-    assert set(contract.STAGES) - set(contract.TILED) == {"whole", "uniform", "deform"}
+    assert set(contract.STAGES) - set(contract.TILED) == {"whole", "uniform", "deform", "grid"}

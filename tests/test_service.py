@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 from edge import cli, loop, service
 from edge.errors import NoCamera, UsageError
+from edge.pipeline import Segmenter
 from edge.pressure import Pressure
 from edge.sources import open_source, uri, video
 from test_edge_run import nearest_colour_model
@@ -100,6 +101,7 @@ def test_a_manager_that_does_not_listen_holds_nobody_up(manager):
 class Engine:
     """A pipeline whose engine hangs from frame `hangs` on, until it is let go."""
     classes, palette, positions, model = ["a", "b"], [(0, 0, 0), (9, 9, 9)], None, "0" * 12
+    results = Segmenter.results
 
     def __init__(self, hangs):
         self.left, self.go, self.hung = hangs, threading.Event(), threading.Event()

@@ -55,7 +55,8 @@ class Segmentation(Problem):
     def build(config, outputs, kind):
         """The net of a config, its norms of `kind`. outputs: of a dataset.Classes."""
         if config.sampler != "none":
-            return WarpNet(MODELS[config.model](FEATURES, config.width, kind), outputs, build_deform(config))
+            deform = build_deform(config)  # first, as ever: the same seed then draws the same weights
+            return WarpNet(MODELS[config.model](FEATURES, config.width, kind), outputs, deform)
         return build(config.model, config.width, kind, outputs, mode_settings(config).fusion)
 
     @staticmethod
