@@ -110,11 +110,12 @@ def _kept(net, forward):
         if storage.data_ptr() not in own:
             size = storage.nbytes() if hasattr(storage, "nbytes") else storage.size() * tensor.element_size()  # torch 1.10
             seen[storage.data_ptr()] = size, tensor  # held, so that its address is not given out again
-        return tensor
+        return None  # nothing goes back through this graph
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _nothing: None):
         forward()
     sizes = [size / MIB for size, _tensor in seen.values()]
+    seen.clear()  # torch 1.10 never lets go of the hooks, nor of what they hold
     return sum(sizes), max(sizes)
 
 
