@@ -474,9 +474,10 @@ with open("/proc/self/status") as handle:
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_image(tmp_path):
     """16 times the pixels, at most 5 % more at the peak of filling the grid, a step and a look at a validation image."""
-    peaks, env = {}, dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    # what is freed goes back at once: how much of it an allocator keeps is chance, up to 30 MiB
+    peaks, env = {}, dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1048576")
     blocks = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
-    for res, runs in ((1024, 4), (4096, 3)):
+    for res, runs in ((1024, 3), (4096, 2)):
         folder = tmp_path / str(res)
         for name in ("a", "b"):
             (folder / name).mkdir(parents=True)
@@ -484,4 +485,4 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
         # the first process reads the images; that is not in it
         peaks[res] = sorted([int(subprocess.check_output([sys.executable, "-c", ONE_BATCH, str(folder), str(res)], env=env))
                              for _ in range(runs)][1:])
-    assert peaks[4096][0] <= 1.05 * peaks[1024][1], peaks  # processes that do the same differ by 5 % themselves
+    assert peaks[4096][0] <= 1.05 * peaks[1024][-1], peaks  # processes that do the same differ by 5 % themselves
