@@ -177,15 +177,15 @@ def main(argv):
     check_pressure(config.pressure, config.least_rate, config.least_scale)
     check_not_input(config)
     model = shelf.model_of(config.engine)
-    if config.write_service or model == config.engine:  # a shelf's model may fail: the one before is at hand
-        contract.load(model)
+    # a shelf's model may fail: the one before is at hand
+    found = contract.load(model) if config.write_service or model == config.engine else None
     backend = backends.choose(config.backend, model)
     if config.write_service:
         return service.write(config, hidden)
     banner("edge-run", backend.DEVICE, backend.describe())
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
     with ends_cleanly(), contextlib.closing(open_source(config.input, limit, source_options(config))) as source, \
-            shelf.opened(config.engine, config.backend, config.threads, config.resize, config.still) as pipeline:
+            shelf.opened(config.engine, config.backend, config.threads, config.resize, config.still, found=found) as pipeline:
         if config.benchmark:
             return _benchmark(config, source, pipeline)
         with live_page(config, source, pipeline) as page, service.running("model %s loaded" % pipeline.model), \

@@ -105,18 +105,19 @@ def model_of(engine):
         return path_of(engine, state.previous)
 
 
-def load(model, backend, *how):
-    """The Segmenter of a model file. backend: a name; how: threads, resize and still of a Segmenter. Raises what is wrong."""
-    made, files = contract.load(model)
+def load(model, backend, *how, found=None):
+    """The Segmenter of a model file. backend: a name; how: threads, resize and still of a Segmenter; found: what contract.load
+    gave for it, where that is known: it hashes every file. Raises what is wrong."""
+    made, files = found or contract.load(model)
     module = backends.choose(backend, model)
     trial.demand(model, module.NAME, made)
     return pipeline.of(made)(made, files, module, *how)
 
 
-def opened(engine, backend, *how):
+def opened(engine, backend, *how, found=None):
     """The pipeline of an --engine, a model file or a shelf, as load()."""
     if not os.path.isdir(engine):
-        return load(engine, backend, *how)
+        return load(engine, backend, *how, found=found)
     model_of(engine)
     return Switching(engine, lambda model: load(model, backend, *how))
 
@@ -146,9 +147,7 @@ def update(folder, model, backend="auto"):
         if digits in state.refused:
             raise BadFile("%s is the model %s, which failed on this shelf: %s. Train or export it again"
                           % (model, digits, state.refused[digits]))
-        module = backends.choose(backend, model)
-        trial.demand(model, module.NAME, made)
-        with pipeline.of(made)(made, files, module) as segmenter:
+        with load(model, backend, found=(made, files)) as segmenter:
             proof.demand(segmenter, made, model)
         change(folder, lambda state: _prune(folder, state))
         if digits != state.previous:
