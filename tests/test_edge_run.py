@@ -226,6 +226,14 @@ def nearest_colour_model(onnx, folder, classes, tile, overlap):
     return path
 
 
+def colour_model(tmp_path_factory, *size):
+    """nearest_colour_model() in a folder of its own, for fixtures; skips where it cannot be made or run."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnx.numpy_helper")
+    pytest.importorskip("onnxruntime")
+    return nearest_colour_model(onnx, tmp_path_factory.mktemp("model"), *size)
+
+
 def truth(y0, y1, width, classes):
     """Blocks of 61 x 83 px, each row of blocks in an order of its own: no two rows far apart are alike."""
     y, x = np.ogrid[y0:y1, :width]

@@ -25,7 +25,7 @@ from edge.cli import main as edge_run
 from edge.errors import UsageError
 from edge.sinks import Sinks
 from edge.sources import open_source
-from test_edge_run import nearest_colour_model
+from test_edge_run import colour_model
 
 PALETTE = [(0, 0, 0), (255, 64, 64), (64, 64, 255)]
 CLASSES = ["background", "<b>red</b>", "blue"]
@@ -386,10 +386,7 @@ def test_closing_ends_every_connection(serve):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnx.numpy_helper")
-    pytest.importorskip("onnxruntime")
-    return nearest_colour_model(onnx, tmp_path_factory.mktemp("model"), 3, 64, 0)
+    return colour_model(tmp_path_factory, 3, 64, 0)
 
 
 class Run:

@@ -21,7 +21,7 @@ from edge.pressure import Pressure
 from edge.sinks import Memory, Sinks
 from edge.sources import open_source, uri
 from test_doctor import devfreq, meminfo, thermal, tree
-from test_edge_run import agree, nearest_colour_model
+from test_edge_run import agree, colour_model
 from test_video import TEST
 from test_video_faults import Clock
 
@@ -415,10 +415,7 @@ def test_a_pause_is_after_the_result_and_in_no_stage(nano, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnx.numpy_helper")
-    pytest.importorskip("onnxruntime")
-    return nearest_colour_model(onnx, tmp_path_factory.mktemp("model"), 3, 32, 8)
+    return colour_model(tmp_path_factory, 3, 32, 8)
 
 
 @pytest.fixture

@@ -19,15 +19,12 @@ from edge.errors import NoCamera, UsageError
 from edge.pipeline import Segmenter
 from edge.pressure import Pressure
 from edge.sources import open_source, uri, video
-from test_edge_run import nearest_colour_model
+from test_edge_run import colour_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnx.numpy_helper")
-    pytest.importorskip("onnxruntime")
-    return nearest_colour_model(onnx, tmp_path_factory.mktemp("model"), 3, 64, 0)
+    return colour_model(tmp_path_factory, 3, 64, 0)
 
 
 class Manager:

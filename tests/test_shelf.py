@@ -21,7 +21,7 @@ from edge.errors import BadFile, ParityError, UsageError
 from edge.pipeline import Segmenter
 from edge.pressure import Pressure
 from edge.sources import open_source
-from test_edge_run import agree, lines_of, nearest_colour_model
+from test_edge_run import agree, colour_model, lines_of
 
 BACK_S = 10  # within which a bad model is gone again
 SIZE = "synthetic://64x48"  # one tile a frame
@@ -49,10 +49,7 @@ class Faulty(ort.Session):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """A model with its proof: the file."""
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnx.numpy_helper")
-    pytest.importorskip("onnxruntime")
-    path = nearest_colour_model(onnx, tmp_path_factory.mktemp("model"), 3, 64, 0)
+    path = colour_model(tmp_path_factory, 3, 64, 0)
     made, files = contract.load(path)
     with Segmenter(made, files, ort) as segmenter:
         contract.write(contract.path_beside(path), dict(made, proof=proof.make(segmenter, 1e-4)))

@@ -14,7 +14,7 @@ import edge
 from conftest import ROOT, real_data
 from edge.cli import main as edge_run
 from edge.errors import BadFile, NoCamera, UsageError
-from test_edge_run import agree, lines_of, nearest_colour_model
+from test_edge_run import agree, colour_model, lines_of
 from test_video import FAULTS, TEST, make_clip, tidy  # noqa: F401 (tidy is a fixture)
 
 pytestmark = pytest.mark.skipif(not shutil.which("gst-launch-1.0"), reason="GStreamer is not installed: apt install "
@@ -23,10 +23,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("gst-launch-1.0"), reason="GStr
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnx.numpy_helper")
-    pytest.importorskip("onnxruntime")
-    return nearest_colour_model(onnx, tmp_path_factory.mktemp("model"), 3, 64, 0)
+    return colour_model(tmp_path_factory, 3, 64, 0)
 
 
 @pytest.fixture
