@@ -72,9 +72,11 @@ def token_for(host):
 
 
 class View:
-    """Every step-th pixel of a frame and of its labels, filled band by band. pixels (h, w, 3), labels (h, w): uint8."""
+    """Every step-th pixel of a frame and of its labels, filled band by band. pixels (h, w, 3), labels (h, w): uint8.
+    palette: of these labels; a later model may have fewer classes."""
 
-    def __init__(self, height, width):
+    def __init__(self, height, width, palette=()):
+        self._palette = palette
         self._step = -(-max(height, width) // LONG_SIDE_PX)
         size = -(-height // self._step), -(-width // self._step)
         self.pixels, self.labels = np.empty(size + (3,), np.uint8), np.empty(size, np.uint8)
@@ -87,10 +89,10 @@ class View:
         for channel in range(3):  # channel by channel: four times as fast as three bytes at a time
             self.pixels[rows, :, channel] = pixels[first::step, ::step, channel]
 
-    def jpeg(self, palette):
+    def jpeg(self):
         """The class colours over the picture, as bytes."""
         coded = io.BytesIO()
-        Image.fromarray(images.blend(self.pixels, self.labels, palette)).save(coded, "JPEG", quality=QUALITY)
+        Image.fromarray(images.blend(self.pixels, self.labels, self._palette)).save(coded, "JPEG", quality=QUALITY)
         return coded.getvalue()
 
 
@@ -134,9 +136,7 @@ class Live:
         if not self._viewers or now_s < self._next_view_s:
             return None
         self._next_view_s = now_s + 1 / VIEWS_PER_S
-        view = View(height, width)
-        view.palette = self._palette  # a later model may have fewer classes
-        return view
+        return View(height, width, self._palette)
 
     def show(self, view):
         """The View is whole: send it to who watches."""
@@ -223,7 +223,7 @@ class Live:
             if shown and shown[0] > after:
                 with self._encoding:
                     if self._encoded[0] < shown[0]:
-                        self._encoded = shown[0], shown[1].jpeg(shown[1].palette)
+                        self._encoded = shown[0], shown[1].jpeg()
                     return self._encoded
             if time.monotonic() >= end_s:
                 break

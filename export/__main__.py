@@ -156,7 +156,8 @@ def _validation(trained, classes):
 
     def labels(pair, box):
         return store.LabelDecoder(pair.mask, classes)(images.open_mask(pair.mask, classes.by_colour).window(*box))
-    return [(pair.name, pair.image, functools.partial(labels, pair) if pair.mask else None) for pair in [p for p in pairs if p.split == "val"] or pairs]
+    return [(pair.name, pair.image, functools.partial(labels, pair) if pair.mask else None)
+            for pair in [p for p in pairs if p.split == "val"] or pairs]
 
 
 if __name__ == "__main__":

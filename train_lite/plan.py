@@ -82,7 +82,7 @@ class Look:
 
     def __init__(self, config, outputs, device, unseen):
         self._task, self.outputs, self._counted = task(config), outputs, {}
-        small = self._task.build(config._replace(width=4), 1, config.norm)
+        small = self._task.build(config._replace(width=4, sampler="none"), 1, config.norm)
         self._task.probe(small, 1, 1, PROBE_PX).backward()  # loads what torch loads late
         self.libraries = (rss_mib() or 0.0) + unseen + SUPERVISOR_MIB
         if device.type == "cuda":  # a card's context is in use already when we look
