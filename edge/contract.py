@@ -8,10 +8,10 @@ import json
 import os
 import tempfile
 
-from edge import schema, tiles
+from edge import schema
 from edge.command import read_json, written
 from edge.errors import BadFile, UsageError
-from edge.scores import Recipe
+from edge.scores import Recipe, grid
 from edge.warp.path import WarpRecipe
 
 SCHEMA_VERSION = 1
@@ -140,7 +140,7 @@ def _shapes(contract, stage):
         features = contract["stages"][0]["outputs"][0]["shape"][-1]
         if stage == "encoder":
             return {"inputs": {"pixels": [batch, 3, side, side]}, "outputs": {"features": [batch, features]}}
-        cells = {"cells": [1, features] + list(grid(contract["image"]["resize_px"], side))}
+        cells = {"cells": [1, features] + list(grid(recipe(contract)))}
         return {"inputs": dict(cells, overview=[1, features]) if contract["overview"] else cells,
                 "outputs": {"scores": [1, len(contract["classes"])]}}
     pixels, scores = {"pixels": [batch, 3, side, side]}, {"scores": [batch, outputs, side, side]}
@@ -152,11 +152,6 @@ def _shapes(contract, stage):
     view = contract["overview"]["size"] if contract["overview"] else 0
     return {"inputs": dict(features, overview=[1, FEATURES, view, view], rows=[batch, side, view], cols=[batch, side, view]),
             "outputs": scores}
-
-
-def grid(resize_px, tile):
-    """(rows, cols) of the tiles of a pipeline `grid`."""
-    return (len(tiles.plan(resize_px, resize_px, tile).ys),) * 2
 
 
 def recipe(contract):

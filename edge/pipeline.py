@@ -2,7 +2,7 @@
 import numpy as np
 
 from edge import contract as contracts
-from edge import scores, tiles
+from edge import scores
 from edge.errors import BadFile, UsageError
 from edge.warp import path
 
@@ -133,26 +133,14 @@ class Classifier(Segmenter):
 
     def score_bands(self, picture, lap=lambda stage: None):
         """Yield (0, scores (C, 1, 1)): what parity and proof compare."""
-        recipe, pixels = self.recipe, self.session.pixels
-        lap = pixels.timed(lap)
-        view = pixels.fitted(picture, recipe.resize_px, recipe.resize_px)
-        boxes = tiles.plan(view.height, view.width, recipe.tile).boxes()
-        vectors = [self._encoded(view, boxes[i:i + recipe.batch], lap) for i in range(0, len(boxes), recipe.batch)]
-        rows, cols = contracts.grid(recipe.resize_px, recipe.tile)
-        given = {"cells": np.ascontiguousarray(np.concatenate(vectors).T.reshape(1, -1, rows, cols))}
-        if recipe.overview:
-            small = pixels.fitted(view, recipe.overview, recipe.overview)
-            given["overview"] = self._encoded(small, [(0, 0, recipe.overview, recipe.overview)], lap)
-        scores = self.session.run("head", given)["scores"]
-        lap("run")
-        yield 0, np.array(scores[0])[:, None, None]
+        found = scores.grid_scores(picture, self.recipe, self._vectors, self._head, lap, self.session.pixels)
+        yield 0, np.array(found)[:, None, None]
 
-    def _encoded(self, view, boxes, lap):
-        ready = self.session.pixels.prepared(view, boxes, self.recipe)
-        lap("prepare")
-        vectors = self.session.run("encoder", {"pixels": self._full(ready)})["features"]
-        lap("run")
-        return np.array(vectors[:len(boxes)])
+    def _vectors(self, pixels):
+        return self.session.run("encoder", {"pixels": self._full(pixels)})["features"]
+
+    def _head(self, cells, g):
+        return self.session.run("head", {"cells": cells} if g is None else {"cells": cells, "overview": g})["scores"]
 
     def results(self, frame, picture, sinks, lap):
         shares = self.shares(picture, lap)
@@ -164,8 +152,8 @@ class Classifier(Segmenter):
 
     def shares(self, picture, lap=lambda stage: None):
         """(C,) float: how likely each class is."""
-        (_y0, scores), = self.score_bands(picture, lap)
-        powers = np.exp(scores[:, 0, 0] - scores.max())
+        (_y0, found), = self.score_bands(picture, lap)
+        powers = np.exp(found[:, 0, 0] - found.max())
         lap("decode")
         return powers / powers.sum()
 

@@ -65,6 +65,37 @@ def _tile_scores(view, boxes, recipe, overview, score, lap, pixels):
             yield one
 
 
+def grid(recipe):
+    """(rows, cols) of the tiles of every picture, for nets that read them as a grid."""
+    return (len(tiles.plan(recipe.resize_px, recipe.resize_px, recipe.tile).ys),) * 2
+
+
+def grid_scores(picture, recipe, encode, head, lap=lambda stage: None, pixels=None):
+    """(C,) float32: scores of `picture` as a whole, brought to resize_px x resize_px, from the grid of its tiles.
+
+    encode(pixels (n, 3, p, p)) -> (n or more, F) float32; n <= recipe.batch. head(cells (1, F, rows, cols), g (1, F) or None)
+    -> (1, C). lap, pixels: as of score_bands()."""
+    pixels = pixels or Host()
+    lap = pixels.timed(lap)
+    view = pixels.fitted(picture, recipe.resize_px, recipe.resize_px)
+
+    def vectors(source, boxes):
+        ready = pixels.prepared(source, boxes, recipe)
+        lap("prepare")
+        found = np.array(encode(ready)[:len(boxes)])  # a backend of a fixed batch gives more than there are boxes
+        lap("run")
+        return found
+
+    boxes = tiles.plan(view.height, view.width, recipe.tile).boxes()
+    cells = np.concatenate([vectors(view, boxes[i:i + recipe.batch]) for i in range(0, len(boxes), recipe.batch)])
+    g = None
+    if recipe.overview:
+        g = vectors(pixels.fitted(view, recipe.overview, recipe.overview), [(0, 0, recipe.overview, recipe.overview)])
+    scores = head(np.ascontiguousarray(cells.T.reshape((1, -1) + grid(recipe))), g)
+    lap("run")
+    return scores[0]
+
+
 class Host:
     """Pixels and scores in the host's memory, by Pillow and numpy. edge.kernels.device does the same on a GPU."""
 

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import nn
 
-from edge import __version__, contract
+from edge import __version__, contract, scores
 from edge.errors import UsageError
 from edge.optional import need
 from train_lite.config import task_of
@@ -66,7 +66,7 @@ def stages(net, pipeline, recipe):
     tile, batch = recipe.tile, recipe.batch
     pixels = torch.zeros(batch, 3, tile, tile)
     if pipeline == "grid":
-        given = {"cells": torch.zeros((1, net.features) + contract.grid(recipe.resize_px, tile))}
+        given = {"cells": torch.zeros((1, net.features) + scores.grid(recipe))}
         if recipe.overview:
             given["overview"] = torch.zeros(1, net.features)
         return [("encoder", net.encoder, {"pixels": pixels}, "features"), ("head", GridHead(net), given, "scores")]

@@ -3,17 +3,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from edge import images, tiles
+from edge import images, scores
 from edge.errors import UsageError
 from edge.warp.pictures import shown
-from train_lite import labelled, metrics
+from train_lite import evaluate, labelled, metrics
 from train_lite.config import micro_batch, mode_settings
 from train_lite.losses import GridLoss
 from train_lite.models import gridnet
-from train_lite.patches import Batch, Chunk, View
+from train_lite.patches import Batch, Chunk
 from train_lite.problem import Problem
 
-CALIBRATION_PATCHES = 32
+CALIBRATION_IMAGES = 32  # for the statistics of frozen norms
 
 
 class GridBatch(Batch):
@@ -38,6 +38,10 @@ class Classification(Problem):
     SCORE = "accuracy"
     scores_pixels = False
 
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(self.config))
+
     @staticmethod
     def find(config, data):
         """(pairs, classes) behind --data; none without it."""
@@ -60,8 +64,8 @@ class Classification(Problem):
     @staticmethod
     def build(config, outputs, kind):
         settings = mode_settings(config)
-        side = len(tiles.plan(settings.resize_px, settings.resize_px, settings.tile or settings.resize_px).ys)
-        return gridnet.build(config.model, config.head, config.width, kind, outputs, (side, side), settings.fusion)
+        cells = scores.grid(evaluate.recipe(settings, settings.tile or settings.resize_px, 1))
+        return gridnet.build(config.model, config.head, config.width, kind, outputs, cells, settings.fusion)
 
     @staticmethod
     def probe(net, outputs, count, px):
@@ -76,22 +80,21 @@ class Classification(Problem):
 
     def calibrate(self, net):
         rng = np.random.RandomState(self.config.seed)
-        chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_PATCHES]]
-        return lambda: [self._logits(net, stored) for stored in chosen]
+        chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_IMAGES]]
+        return lambda: [self._scores(net, stored) for stored in chosen]
 
-    def _logits(self, net, stored):
-        """(1, classes): the whole image through the net, as in evaluation, chunk by chunk."""
-        batch = GridBatch([View(stored, 0, self.tile)], self.side, self.device)
-        every, count = batch.every_patch(), micro_batch(self.config)
-        vectors = torch.cat([net.encoder(batch.chunk(every[i:i + count]).pixels) for i in range(0, len(every), count)])
-        g = net.encoder(batch.overviews([0])) if self.side else None
-        return net.head(vectors.t().reshape((1, -1) + batch.grid()), g)
+    def _scores(self, net, stored):
+        """(classes,) of the whole image, by the path that edge-run takes."""
+        def run(part, *arrays):
+            with torch.no_grad():
+                return part(*[None if array is None else torch.from_numpy(array).to(self.device) for array in arrays]).cpu().numpy()
+        return scores.grid_scores(stored.picture, self.recipe, lambda pixels: run(net.encoder, pixels),
+                                  lambda cells, g: run(net.head, cells, g))
 
     def probabilities(self, net, stored):
         """(classes,) of one image."""
         net.eval()
-        with torch.no_grad():
-            return torch.softmax(self._logits(net, stored)[0], 0).cpu().numpy()
+        return torch.softmax(torch.from_numpy(self._scores(net, stored)), 0).numpy()
 
     def evaluate(self, net, stored, final=False):
         """Accuracy, quadratic kappa (Cohen 1968), mean cross-entropy and the confusion matrix [true][predicted]."""
@@ -113,9 +116,9 @@ class Classification(Problem):
         return self.line(result)
 
     def words(self):
-        side = "%dx%d" % (View(self.train[0], 0, self.tile).grid[::-1])
-        return "mode %s, %s gradient, global patch %s, patches %s of %d px, head %s" % (
-            self.config.mode, self.settings.gradient, self.settings.fusion, side, self.tile, self.config.head)
+        return "mode %s, %s gradient, global patch %s, patches %dx%d of %d px, head %s" % (
+            (self.config.mode, self.settings.gradient, self.settings.fusion) + scores.grid(self.recipe)[::-1]
+            + (self.tile, self.config.head))
 
     def draw(self, net, stored, path):
         """The image with its label and the likeliest three, as a picture in the file `path`."""
