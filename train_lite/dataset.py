@@ -17,12 +17,22 @@ LAYOUTS = """expected one of
   or a pairs.csv with the columns image,mask[,split]"""
 
 
+class Box(NamedTuple):
+    label: int           # class id, from 0: there is no background
+    x0: float            # left, top, right, bottom as fractions of the image's width and height: 0 to 1, x0 < x1, y0 < y1
+    y0: float
+    x1: float
+    y1: float
+    crowd: bool = False  # a group, or too hard to tell: finding it is neither right nor wrong
+
+
 class Pair(NamedTuple):
     name: str    # unique in the set
     image: str   # path
     mask: str    # path; '' where the whole image has a label
     split: str   # 'train' | 'val' | 'test'
     label: int = -1  # class id of the whole image
+    boxes: tuple = ()  # of Box
 
 
 class Classes(NamedTuple):

@@ -1,0 +1,335 @@
+"""Files on disk -> images with boxes, their split and their classes. Reads no pixels."""
+import os
+from xml.etree import ElementTree
+
+from edge.command import read_json
+from edge.errors import BadFile, UsageError, raise_all
+from edge.images import READABLE
+from train_lite.dataset import SHADES, Box, Classes, Pair, hold_out
+
+SPLITS = ("train", "val", "test")
+BEYOND_PX, BEYOND_SHARE = 1.0, 0.005  # by so much a box may leave its image, and is cut off; the share where sizes are not known
+LARGEST = 1e9                         # a number that is not below it is no size and no place; nor is NaN
+LAYOUTS = """expected one of
+  COCO: FILE.json, DIR/train.json (and val.json, test.json), DIR/annotations/instances_train*.json (and val, test),
+    images beside the file or in images, ../images, ../train2017, ../train,
+  YOLO: DIR/images + DIR/labels, DIR/train/images + DIR/train/labels or DIR/images/train + DIR/labels/train (and val, test),
+    with DIR/classes.txt, or
+  Pascal VOC: JPEGImages, Annotations/*.xml, ImageSets/Main/{train,val,test}.txt"""
+
+
+def find(data, val_share=0.2, group_by=""):
+    """(list of Pair, Classes) behind --data: COCO, Pascal VOC or YOLO, the first in this order whose files are there. Class ids
+    follow COCO's category ids, the lines of classes.txt, or else the names in their order. Where no split says otherwise,
+    `val_share` of the training images is held out.
+    Raises UsageError for a wrong path and one BadFile that names every image and box that cannot be used."""
+    if not os.path.exists(data):
+        raise UsageError("--data %s does not exist; %s" % (data, LAYOUTS))
+    if os.path.isfile(data) and not data.lower().endswith(".json"):
+        raise UsageError("--data %s is a file, but no .json; %s" % (data, LAYOUTS))
+    problems = []
+    files, places = _coco_files(data), _yolo_places(data)
+    if files:
+        pairs, names = _coco(os.path.dirname(data) if os.path.isfile(data) else data, files, problems)
+    elif os.path.isdir(os.path.join(data, "JPEGImages")) or os.path.isdir(os.path.join(data, "Annotations")):
+        pairs, names = _voc(data, problems)
+    elif places:
+        pairs, names = _yolo(data, places, problems)
+    else:
+        raise BadFile("%s holds no images with boxes; %s" % (data, LAYOUTS))
+    seen = {}
+    for pair in pairs:
+        other = seen.setdefault(pair.name, pair)
+        if other is not pair:
+            problems.append("two images called %s: %s (%s) and %s (%s); expected one" % (
+                pair.name, other.image, other.split, pair.image, pair.split))
+    raise_all(problems, "%s has images or boxes that cannot be used" % data,
+              "Correct or remove the entries named: a set with holes would teach and score the wrong thing.")
+    train = [pair for pair in pairs if pair.split == "train"]
+    for what, count in (("classes", len(names)), ("training images", len(train)),
+                        ("boxes on its training images", sum(not box.crowd for pair in train for box in pair.boxes))):
+        if not count:
+            raise BadFile("%s has no %s; expected one or more. Add them, or give another --data; %s" % (data, what, LAYOUTS))
+    palette = tuple(SHADES[1 + i % (len(SHADES) - 1)] for i in range(len(names)))
+    return hold_out(pairs, val_share, group_by), Classes(tuple(names), palette, len(names), False, ())
+
+
+def _number(value):
+    return type(value) in (int, float) and abs(value) < LARGEST
+
+
+def _box(label, corners, width, height, beyond, crowd=False):
+    """Box of the corners (x0, y0, x1, y1), given in the unit of width, height and beyond. Raises ValueError."""
+    if not all(_number(value) for value in corners):
+        raise ValueError("has numbers that are not finite; expected finite ones")
+    if corners[2] <= corners[0] or corners[3] <= corners[1]:
+        raise ValueError("has no area; expected a width and a height above 0")
+    inside = [min(max(value / float(side), 0.0), 1.0) for value, side in zip(corners, (width, height, width, height))]
+    if (min(corners[:2]) < -beyond or corners[2] > width + beyond or corners[3] > height + beyond
+            or inside[2] <= inside[0] or inside[3] <= inside[1]):
+        raise ValueError("lies outside; expected 0 to %g across and 0 to %g down, give or take %g" % (width, height, beyond))
+    return Box(label, inside[0], inside[1], inside[2], inside[3], crowd)
+
+
+def _pair(root, image, split, boxes=()):
+    return Pair(os.path.splitext(os.path.relpath(image, root or "."))[0], image, "", split, boxes=tuple(boxes))
+
+
+def _lines(path, problems):
+    """The lines of a text file, stripped, without the empty ones at its end."""
+    try:
+        with open(path, encoding="utf-8-sig") as handle:
+            return [line.strip() for line in handle.read().rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as exc:
+        problems.append("%s: cannot be read as text: %s; expected UTF-8" % (path, exc))
+        return []
+
+
+def _names(path, problems):
+    """The class names of a classes.txt."""
+    names = _lines(path, problems)
+    problems += ["%s line %d: got %r; expected one name per line, each once" % (path, at, name)
+                 for at, name in enumerate(names, 1) if not name or name in names[:at - 1]]
+    return names
+
+
+def _by_stem(folder, endings, problems):
+    """{name without ending: path} of a folder's files, in order."""
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in endings and name[0] != ".":
+            if stem in found:
+                problems.append("%s: two files called %s: %s and %s; expected one"
+                                % (folder, stem, os.path.basename(found[stem]), name))
+            found.setdefault(stem, os.path.join(folder, name))
+    return found
+
+
+# --- COCO -----------------------------------------------------------------------------------------------------------
+
+def _coco_files(data):
+    """[(path, split)] of a set's JSON files."""
+    if os.path.isfile(data):
+        return [(data, "train")]
+    found, folder = [], os.path.join(data, "annotations")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    for split in SPLITS:
+        plain = os.path.join(data, split + ".json")
+        own = [plain] if os.path.isfile(plain) else [
+            os.path.join(folder, name) for name in names if name.startswith("instances_" + split) and name.endswith(".json")]
+        if len(own) > 1:
+            raise BadFile("%s has several files of the split %s: %s; expected one. Remove the others, or give one: "
+                          "--data FILE.json" % (data, split, ", ".join(own)))
+        found += [(path, split) for path in own]
+    return found
+
+
+def _coco(root, files, problems):
+    pairs, known, first = [], None, ""
+    for path, split in files:
+        stored = read_json(path, "the boxes")
+        images, notes, kinds = (_indexed(path, stored, key, problems) for key in ("images", "annotations", "categories"))
+        labels = {number: label for label, number in enumerate(sorted(kinds))}
+        names = [kinds[number].get("name") for number in sorted(kinds)]
+        problems += ["%s: category %d has the name %.60r; expected one of its own" % (path, number, name)
+                     for at, (number, name) in enumerate(zip(sorted(kinds), names))
+                     if not isinstance(name, str) or not name or name in names[:at]]
+        here = dict(zip(sorted(kinds), names))
+        known, first = (here, path) if known is None else (known, first)
+        problems += ["%s: category %d is %.60r, but %.60r in %s; expected equal categories"
+                     % (path, number, here.get(number), known.get(number), first)
+                     for number in sorted(set(here) | set(known)) if here.get(number) != known.get(number)]
+        boxes = {number: [] for number in images}
+        for number, note in notes.items():
+            try:
+                _coco_box(note, images, labels, boxes)
+            except ValueError as exc:
+                problems.append("%s: annotation %d: %s" % (path, number, exc))
+        places = _coco_places(path, split)
+        for number, entry in images.items():
+            image = _looked_for(places, entry.get("file_name"))
+            if image:
+                pairs.append(_pair(root, image, split, boxes[number]))
+            else:
+                problems.append("%s: image %d: no such file: %.200r; expected it in one of %s" % (
+                    path, number, entry.get("file_name"), ", ".join(places)))
+            if not _sized(entry):
+                problems.append("%s: image %d has the width %.20r and the height %.20r; expected its size in px" % (
+                    path, number, entry.get("width"), entry.get("height")))
+    return pairs, [known[number] for number in sorted(known)]
+
+
+def _indexed(path, stored, key, problems):
+    """{id: entry} of one of the lists in a COCO file."""
+    entries = stored.get(key) if isinstance(stored, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise BadFile('%s has no list of objects "%s"; expected a COCO file: {"images": [...], "annotations": [...], '
+                      '"categories": [...]}. Give the file of the boxes' % (path, key))
+    found = {}
+    for at, entry in enumerate(entries):
+        number = entry.get("id")
+        if type(number) is not int or number in found:
+            problems.append("%s: %s[%d] has the id %.60r%s; expected a whole number, each once"
+                            % (path, key, at, number, " again" if type(number) is int else ""))
+        else:
+            found[number] = entry
+    return found
+
+
+def _sized(entry):
+    return all(_number(entry.get(side)) and entry[side] > 0 for side in ("width", "height"))
+
+
+def _coco_box(note, images, labels, boxes):
+    """Adds one annotation to the boxes of its image. Raises ValueError."""
+    for key, known, what in (("image_id", images, "images"), ("category_id", labels, "categories")):
+        if type(note.get(key)) is not int or note[key] not in known:
+            raise ValueError("%s %.60r is unknown; expected the id of one of the %d %s" % (key, note.get(key), len(known), what))
+    if note.get("iscrowd", 0) not in (0, 1):
+        raise ValueError("iscrowd is %.60r; expected 0 or 1" % (note["iscrowd"],))
+    bbox, image = note.get("bbox"), images[note["image_id"]]
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(_number(value) for value in bbox):
+        raise ValueError("bbox %.80r; expected four finite numbers: [x, y, width, height] in px" % (bbox,))
+    if not _sized(image):
+        return  # said of the image, once
+    x, y, width, height = bbox
+    try:
+        boxes[note["image_id"]].append(_box(labels[note["category_id"]], (x, y, x + width, y + height), image["width"],
+                                            image["height"], BEYOND_PX, bool(note.get("iscrowd"))))
+    except ValueError as exc:
+        raise ValueError("bbox %s %s" % (bbox, exc)) from exc
+
+
+def _coco_places(path, split):
+    """Folders in which the images of a COCO file may lie."""
+    here = os.path.dirname(path) or "."
+    stem = os.path.splitext(os.path.basename(path))[0].replace("instances_", "")
+    names = ["images", stem] + [name for name in (split + "2017", split) if name != stem]
+    return [here] + [os.path.normpath(os.path.join(base, name)) for base in (here, os.path.join(here, "..")) for name in names]
+
+
+def _looked_for(places, name):
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    try:
+        paths = (os.path.normpath(os.path.join(place, name)) for place in places)
+        return next((path for path in paths if os.path.isfile(path)), None)
+    except ValueError:  # a lone surrogate: Python 3.6 does not say "no such file"
+        return None
+
+
+# --- YOLO -----------------------------------------------------------------------------------------------------------
+
+def _yolo_places(data):
+    """[(folder of images, folder of labels, split)], one of the two is there."""
+    layouts = [[(os.path.join(data, split, "images"), os.path.join(data, split, "labels"), split) for split in SPLITS],
+               [(os.path.join(data, "images", split), os.path.join(data, "labels", split), split) for split in SPLITS],
+               [(os.path.join(data, "images"), os.path.join(data, "labels"), "train")]]
+    found = [[place for place in layout if os.path.isdir(place[0]) or os.path.isdir(place[1])] for layout in layouts]
+    return next((places for places in found if places), [])
+
+
+def _yolo(data, places, problems):
+    names, pairs = _names(os.path.join(data, "classes.txt"), problems), []
+    for images, labels, split in places:
+        missing = [folder for folder in (images, labels) if not os.path.isdir(folder)]
+        if missing:
+            problems.append("no such folder: %s; expected images and labels side by side" % missing[0])
+            continue
+        photos, texts = _by_stem(images, READABLE, problems), _by_stem(labels, (".txt",), problems)
+        problems += ["%s: no image for it in %s; expected one of the same name" % (texts[stem], images)
+                     for stem in texts if stem not in photos]
+        for stem, image in photos.items():
+            boxes = []
+            for at, line in enumerate(_lines(texts[stem], problems) if stem in texts else (), 1):
+                try:
+                    boxes += [_yolo_box(line, names)] if line else []
+                except ValueError as exc:
+                    problems.append("%s line %d: %.80r %s" % (texts[stem], at, line, exc))
+            pairs.append(_pair(data, image, split, boxes))
+    return pairs, names
+
+
+def _yolo_box(line, names):
+    try:
+        label, x, y, width, height = line.split()
+        label, x, y, width, height = int(label), float(x), float(y), float(width), float(height)
+    except ValueError as exc:
+        raise ValueError("is no box; expected five numbers: class x y width height, the centre and size as fractions") from exc
+    if names and not 0 <= label < len(names):  # without names that is what is wrong
+        raise ValueError("has the class %d; expected 0 to %d, the lines of classes.txt" % (label, len(names) - 1))
+    return _box(label, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), 1, 1, BEYOND_SHARE)
+
+
+# --- Pascal VOC -----------------------------------------------------------------------------------------------------
+
+def _voc(data, problems):
+    folders = [os.path.join(data, name) for name in ("JPEGImages", "Annotations")]
+    problems += ["no such folder: %s; expected JPEGImages and Annotations" % folder
+                 for folder in folders if not os.path.isdir(folder)]
+    photos, texts = (_by_stem(folder, endings, problems) if os.path.isdir(folder) else {}
+                     for folder, endings in zip(folders, (READABLE, (".xml",))))
+    lists = [(os.path.join(data, "ImageSets", "Main", split + ".txt"), split) for split in SPLITS]
+    lists = [(path, split) for path, split in lists if os.path.isfile(path)]
+    wanted = [(stem, split, " (%s)" % path) for path, split in lists for stem in _lines(path, problems) if stem]
+    if not lists:
+        wanted = [(stem, "train", "") for stem in sorted(set(photos) | set(texts))]
+    pairs, found = [], set()
+    for stem, split, where in wanted:
+        if stem not in photos or stem not in texts:
+            problems.append("%s%s: no %s for it; expected both" % (stem, where, "image" if stem not in photos else "annotation"))
+            continue
+        boxes = _voc_boxes(texts[stem], problems)
+        found |= {box.label for box in boxes}
+        pairs.append(_pair(data, photos[stem], split, boxes))
+    path = os.path.join(data, "classes.txt")
+    names = _names(path, problems) if os.path.isfile(path) else sorted(found)
+    problems += ["%s: an object is called %.60r; expected a name in %s" % (texts[os.path.basename(pair.name)], name, path)
+                 for pair in pairs for name in sorted({box.label for box in pair.boxes} - set(names))]
+    labels = dict(zip(names, range(len(names))))
+    pairs = [pair._replace(boxes=tuple(box._replace(label=labels.get(box.label, -1)) for box in pair.boxes)) for pair in pairs]
+    return pairs, names
+
+
+def _voc_boxes(path, problems):
+    """The boxes of an annotation, labelled by their names."""
+    boxes = []
+    try:
+        root = _xml(path)
+        width, height = (_float(root.findtext("size/" + side)) for side in ("width", "height"))
+        if root.tag != "annotation" or not (_number(width) and _number(height) and width > 0 and height > 0):
+            raise ValueError("is a <%.40s> of %g x %g px; expected an <annotation> with its <size> in px"
+                             % (root.tag, width, height))
+    except ValueError as exc:
+        problems.append("%s %s" % (path, exc))
+        return boxes
+    for at, thing in enumerate(root.findall("object"), 1):
+        name, hard = (thing.findtext("name") or "").strip(), (thing.findtext("difficult") or "0").strip()
+        x0, y0, x1, y1 = corners = [_float(thing.findtext("bndbox/" + key)) for key in ("xmin", "ymin", "xmax", "ymax")]
+        try:
+            if not name or hard not in ("0", "1"):
+                raise ValueError("has the name %.60r and difficult %.20r; expected a name, and 0 or 1" % (name, hard))
+            boxes.append(_box(name, (x0 - 1, y0 - 1, x1, y1), width, height, BEYOND_PX, hard == "1"))  # its first pixel is 1
+        except ValueError as exc:
+            problems.append("%s object %d: %s %s" % (path, at, corners, exc))
+    return boxes
+
+
+def _float(text):
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def _xml(path):
+    """The root of an XML file. Raises ValueError, also for one with entities: a few lines of them can become gigabytes."""
+    try:
+        with open(path, "rb") as handle:
+            text = handle.read()
+        if b"\0" not in text and b"<!DOCTYPE" not in text:  # no entity without one
+            return ElementTree.fromstring(text)
+    except (OSError, LookupError, ValueError, ElementTree.ParseError) as exc:
+        raise ValueError("is cut short or no XML: %s; expected a whole file. Copy it again from its source" % exc) from exc
+    raise ValueError("declares a DOCTYPE or is no 8-bit text; expected plain XML. Remove the declaration")
