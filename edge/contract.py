@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 
-from edge import schema
+from edge import boxes, schema
 from edge.command import read_json, written
 from edge.errors import BadFile, UsageError
 from edge.scores import Recipe, grid
@@ -18,8 +18,9 @@ SCHEMA_VERSION = 1
 GEOMETRY_VERSION = 1  # raised when edge.geometry changes what a coordinate means
 FEATURES = 8  # maps between encoder and head
 STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"], "uniform": ["net"], "deform": ["deform", "net"],
-          "grid": ["encoder", "head"]}
-TILED = ("tiled", "patch")  # pipelines that cut a frame into tiles
+          "grid": ["encoder", "head"], "boxes": ["encoder", "head"]}
+TILED = ("tiled", "patch", "boxes")  # pipelines that cut a frame into tiles, as many as its size asks for
+TASKS = {"grid": "classification", "boxes": "detection"}  # of a pipeline; of all others segmentation
 WARPED = ("uniform", "deform")  # pipelines whose net sees samples of the whole image
 
 
@@ -93,9 +94,14 @@ def _disagreements(contract, model):
     names = [stage["name"] for stage in contract["stages"]]
     if names != STAGES[contract["pipeline"]]:
         wrong.append("stages are %s, a %s pipeline has %s" % (names, contract["pipeline"], STAGES[contract["pipeline"]]))
-    if (contract["task"] == "classification") != (contract["pipeline"] == "grid"):
+    task = TASKS.get(contract["pipeline"], "segmentation")
+    if contract["task"] != task:
         wrong.append("a %s pipeline is for another task than %s" % (contract["pipeline"], contract["task"]))
-    if contract["pipeline"] != "grid" and (contract["overview"] is None) == (contract["pipeline"] == "patch"):
+    if ("boxes" in contract) != (task == "detection"):
+        wrong.append("a %s pipeline has %s" % (contract["pipeline"], "rules for boxes" if task == "detection" else "no rules for boxes"))
+    if len(contract["classes"]) < 2 and task != "detection":
+        wrong.append("there is one class")
+    if task == "segmentation" and (contract["overview"] is None) == (contract["pipeline"] == "patch"):
         wrong.append("overview is %s in a %s pipeline" % (contract["overview"], contract["pipeline"]))
     warped = contract["pipeline"] in WARPED
     if (contract["tile"] is None, "warp" in contract) != (warped, warped):
@@ -106,6 +112,8 @@ def _disagreements(contract, model):
         wrong.append("the overview has %d px, its encoder takes %d" % (contract["overview"]["size"], contract["tile"]["size"]))
     if contract["pipeline"] == "grid" and (contract["image"]["resize"], contract["tile"]["overlap"]) != ("stretch", 0):
         return wrong + ["a grid pipeline stretches images and shares no pixels between tiles"]
+    if task == "detection" and (contract["tile"]["overlap"] or contract["tile"]["size"] % boxes.STRIDES[-1]):
+        return wrong + ["tiles of a boxes pipeline share no pixels and are multiples of %d px" % boxes.STRIDES[-1]]
     if not warped and contract["tile"]["overlap"] >= contract["tile"]["size"]:
         wrong.append("tile overlap %(overlap)d is not smaller than the tile, %(size)d" % contract["tile"])
     for stage in contract["stages"]:
@@ -143,6 +151,15 @@ def _shapes(contract, stage):
         cells = {"cells": [1, features] + list(grid(recipe(contract)))}
         return {"inputs": dict(cells, overview=[1, features]) if contract["overview"] else cells,
                 "outputs": {"scores": [1, len(contract["classes"])]}}
+    if contract["pipeline"] == "boxes":
+        channels = contract["stages"][0]["outputs"][0]["shape"][1]
+        if stage == "encoder":
+            cells = sum((side // stride) ** 2 for stride in boxes.STRIDES)
+            return {"inputs": {"pixels": [batch, 3, side, side]}, "outputs": {"features": [batch, channels, cells]}}
+        window = [1, channels, boxes.WINDOW, boxes.WINDOW]
+        given = {"cells": window, "inside": [1, 1] + window[2:]}
+        return {"inputs": dict(given, context=window) if contract["overview"] else given,
+                "outputs": {"scores": [1, len(contract["classes"]) + 5] + window[2:]}}
     pixels, scores = {"pixels": [batch, 3, side, side]}, {"scores": [batch, outputs, side, side]}
     if stage == "net":
         return {"inputs": pixels, "outputs": scores}

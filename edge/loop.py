@@ -2,7 +2,7 @@
 import contextlib
 import itertools
 import time
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from edge.sinks import Memory
 from edge.sources import open_source
 from edge.sources.uri import Options
 
-SCHEMA_VERSION = 3  # of a line of results.jsonl
+SCHEMA_VERSION = 4  # of a line of results.jsonl
 STATUS_S = 10       # between two lines about a video
-STAGES = ("read", "prepare", "look", "sample", "run", "blend", "decode", "unwarp", "write")
+STAGES = ("read", "prepare", "look", "sample", "run", "blend", "stitch", "decode", "unwarp", "write")
 
 
 class Result(NamedTuple):
@@ -31,6 +31,7 @@ class Result(NamedTuple):
     model: str                             # contract.identity of what computed it
     label: Optional[str]                   # of a net that labels whole pictures: the likeliest class,
     scores: Optional[Dict[str, float]]     # and class name -> how likely it is, 0..1
+    boxes: Optional[List[Dict[str, Any]]]  # of a net that finds boxes: class, score 0..1 and box, x0, y0, x1, y1 px
 
 
 class Stopwatch:
@@ -121,7 +122,7 @@ def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", s
             for frame, line in steps(opened, pipeline, sinks, pressure_on(opened, pipeline, pressure, least_rate, least_scale)):
                 yield frame, Result(None if line["error"] else sinks.mask, line.get("area"), line.get("latency_ms"),
                                     line["capture_time_s"], line["done_time_s"], frame.health, line["error"], line["level"],
-                                    line["model"], line.get("label"), line.get("scores"))
+                                    line["model"], line.get("label"), line.get("scores"), line.get("boxes"))
 
 
 def benchmark(source, pipeline, warm_up, runs):
@@ -134,8 +135,7 @@ def benchmark(source, pipeline, warm_up, runs):
     laps = []
     for index in range(warm_up + runs):
         watch = Stopwatch()
-        for _labels in pipeline.bands(pictures[index % len(pictures)], watch.lap):
-            pass
+        pipeline.infer(pictures[index % len(pictures)], watch.lap)
         if index >= warm_up:
             laps.append(dict(watch.ms, total=sum(watch.ms.values())))
     stages = [stage for stage in STAGES if any(stage in lap for lap in laps)] + ["total"]

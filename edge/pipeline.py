@@ -1,6 +1,7 @@
 """A contract and its loaded stages, as one function from a picture to a mask."""
 import numpy as np
 
+from edge import boxes
 from edge import contract as contracts
 from edge import scores
 from edge.errors import BadFile, UsageError
@@ -81,9 +82,22 @@ class Segmenter:
                 yield labels
             return
         for _y0, band in self.score_bands(picture, lap):
-            labels = self.session.pixels.labels(band)
+            labels = self.labels(band)
             lap("decode")
             yield labels
+
+    def infer(self, picture, lap=lambda stage: None):
+        """All that is computed of a picture, and nothing written."""
+        for _labels in self.bands(picture, lap):
+            pass
+
+    def decoded(self, found):
+        """Class ids of scores (C, h, W) in the host's memory."""
+        return scores.labels_of(found)
+
+    def labels(self, band):
+        """Class ids (h, W) of what score_bands yields."""
+        return self.session.pixels.labels(band)
 
     def _warped(self, picture, lap):
         return picture, self.recipe, self.logits if self.moves else None, self.score_samples, lap, self._still, self.session.pixels
@@ -145,10 +159,18 @@ class Classifier(Segmenter):
     def results(self, frame, picture, sinks, lap):
         shares = self.shares(picture, lap)
         label = self.classes[int(shares.argmax())]
-        overlay = sinks.write_label(frame, "%s  %.0f %%" % (label, 100 * shares.max()))
+        words = "%s  %.0f %%" % (label, 100 * shares.max())
+
+        def paint(small, _scale):
+            from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
+            return pictures.beside([(words, small)])
+        overlay = sinks.write_sheet(frame, paint)
         lap("write")
         return {"mask": None, "overlay": overlay, "samples": None, "label": label,
                 "scores": {name: float(share) for name, share in zip(self.classes, shares)}}
+
+    def infer(self, picture, lap=lambda stage: None):
+        self.shares(picture, lap)
 
     def shares(self, picture, lap=lambda stage: None):
         """(C,) float: how likely each class is."""
@@ -158,6 +180,52 @@ class Classifier(Segmenter):
         return powers / powers.sum()
 
 
+class Detector(Segmenter):
+    """Boxes of every picture, from tiles at their place in a pyramid of maps. As a Segmenter otherwise."""
+
+    def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
+        self.rules = boxes.Rules(**contract["boxes"])
+        super().__init__(contract, files, backend, threads, resize, still)
+
+    def score_bands(self, picture, lap=lambda stage: None):
+        """Yield (0, scores (classes + 5, 1, cells)), all cells of all levels: what parity and proof compare."""
+        parts = [part.reshape(len(part), 1, -1) for _level, _y, _x, part in
+                 boxes.windows(picture, self._scaled(picture), self._cells, self._head, lap, self.session.pixels)]
+        yield 0, np.concatenate(parts, axis=2)
+
+    def decoded(self, found):
+        return scores.labels_of(found[:len(self.classes)])
+
+    def labels(self, band):
+        return self.decoded(band)
+
+    def _cells(self, pixels):
+        return self.session.run("encoder", {"pixels": self._full(pixels)})["features"]
+
+    def _head(self, cells, context, inside):
+        given = {"cells": cells, "inside": inside}
+        return self.session.run("head", given if context is None else dict(given, context=context))["scores"]
+
+    def infer(self, picture, lap=lambda stage: None):
+        """The boxes: see boxes.detect()."""
+        return boxes.detect(picture, self._scaled(picture), self.rules, self._cells, self._head, lap, self.session.pixels)
+
+    def results(self, frame, picture, sinks, lap):
+        found = self.infer(picture, lap)
+
+        def paint(small, scale):
+            from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
+            return pictures.outlined(small, found, scale, self.classes, self.palette)
+        overlay = sinks.write_sheet(frame, paint)
+        lap("write")
+        return {"mask": None, "overlay": overlay, "samples": None, "boxes": [
+            {"class": self.classes[int(box[5])], "score": float(box[4]), "box": [round(side, 2) for side in box[:4].tolist()]}
+            for box in found]}
+
+
+KINDS = {"classification": Classifier, "detection": Detector, "segmentation": Segmenter}
+
+
 def of(contract):
     """The class whose objects run this contract's model."""
-    return Classifier if contract["task"] == "classification" else Segmenter
+    return KINDS[contract["task"]]

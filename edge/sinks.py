@@ -11,6 +11,7 @@ from edge.errors import UsageError
 from edge.warp import reference
 
 FILM = (".mp4", ".mkv")
+SHEET_PX = 1024  # longer side at which labels and boxes are shown, at most
 
 
 def is_film(output):
@@ -123,15 +124,18 @@ class Sinks:
         lap("write")
         return mask_path, overlay_path, counts
 
-    def write_label(self, frame, words):
-        """The shrunk picture with its label above it, where overlays go; a .png too. Returns the overlay's path, or None."""
+    def write_sheet(self, frame, paint):
+        """What paint(the shrunk picture (h, w, 3) uint8, by how much it was shrunk) makes of a frame, (h', w', 3), where overlays
+        go; a .png too. Returns the overlay's path, or None."""
         mask_path, path = self.paths(frame)
         path = mask_path if self._one_mask else path
         self._count += 1
         if not (path or self.recorder or self._live):
             return None
         from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
-        sheet = pictures.beside([(words, pictures.shown(frame.open()))])
+        picture = frame.open()
+        small = pictures.shown(picture, SHEET_PX)
+        sheet = paint(small, len(small) / float(picture.height))
         size = sheet.shape[:2]
         room = self.recorder.begin(size[0], size[1], frame.rate) if self.recorder else None
         if path:
@@ -191,7 +195,7 @@ class Memory:
             lap("write")
         return None, None, counts
 
-    def write_label(self, _frame, _words):
+    def write_sheet(self, _frame, _paint):
         self.mask = None
 
     def write_samples(self, _frame, _overlay_path, _positions):

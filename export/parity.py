@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge import images, scores
+from edge import images
 from edge.command import say
 from edge.errors import ParityError
 from edge.sources import open_source
@@ -84,6 +84,8 @@ class TorchSession:
                 return {"logits": self._net.deform(given["image"]).numpy()}
             if stage == "encoder":
                 return {"features": self._net.encoder(given["pixels"]).numpy()}
+            if "inside" in given:
+                return {"scores": self._net.head(given["cells"], given.get("context"), given["inside"]).numpy()}
             if "cells" in given:
                 return {"scores": self._net.head(given["cells"], given.get("overview")).numpy()}
             if stage == "head":
@@ -132,7 +134,7 @@ def compare(reference, other, frames):
 
     Classes are each side's own from end to end. Scores of a net whose samples move are compared with the samples where the
     reference has them."""
-    pixels, classes = other.session.pixels, len(reference.classes)
+    pixels, classes = other.session.pixels, max(2, len(reference.classes))  # one kind of box: it, or nothing
     taps = Tap(reference.session), Tap(other.session)
     alike = taps
     if reference.moves:
@@ -147,8 +149,8 @@ def compare(reference, other, frames):
             b = pixels.scores(band)
             if alike is taps:
                 apart.append((_difference(a, b), float(np.abs(a).max())))
-            ours, others = scores.labels_of(a), pixels.labels(band)
-            undecoded += int((others != scores.labels_of(b)).sum())
+            ours, others = reference.decoded(a), other.labels(band)
+            undecoded += int((others != other.decoded(b)).sum())
             between += confusion(ours, others, classes)
             if frame.truth is not None:
                 for matrix, labels in zip(judged[-1], (ours, others)):

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import nn
 
-from edge import __version__, contract, scores
+from edge import __version__, boxes, contract, scores
 from edge.errors import UsageError
 from edge.optional import need
 from train_lite.config import task_of
@@ -41,10 +41,21 @@ class GridHead(nn.Module):
         return self.net.head(cells, overview)
 
 
+class BoxHead(nn.Module):
+    """What reads a window of an image's cells, and those of the global patch at the same places."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, cells, inside, context=None):
+        return self.net.head(cells, context, inside)
+
+
 def pipeline_of(config, fusion):
     """The contract's pipeline for a trained config. Raises UsageError for a sampler that has none."""
-    if task_of(config.model) == "classification":
-        return "grid"
+    if task_of(config.model) != "segmentation":
+        return {"classification": "grid", "detection": "boxes"}[task_of(config.model)]
     if config.sampler == "edge-oracle":
         raise UsageError("a net of --sampler edge-oracle looks where the labels' edges are, which a camera does not know. Train "
                          "one with --sampler deform or edge")
@@ -70,6 +81,12 @@ def stages(net, pipeline, recipe):
         if recipe.overview:
             given["overview"] = torch.zeros(1, net.features)
         return [("encoder", net.encoder, {"pixels": pixels}, "features"), ("head", GridHead(net), given, "scores")]
+    if pipeline == "boxes":
+        window = torch.zeros(1, net.channels, boxes.WINDOW, boxes.WINDOW)
+        given = {"cells": window, "inside": window[:, :1]}
+        if recipe.overview:
+            given["context"] = window.clone()
+        return [("encoder", net.encoder, {"pixels": pixels}, "features"), ("head", BoxHead(net), given, "scores")]
     if pipeline != "patch":
         return [("net", net, {"pixels": pixels}, "scores")]
     features, spread = torch.zeros(batch, FEATURES, tile, tile), torch.zeros(batch, tile, tile)
@@ -137,7 +154,7 @@ def operators(path):
 def _tensor(name, shape):
     what = {"pixels": "(x / 255 - mean) / std, RGB", "rows": "0..1, each row sums to 1", "cols": "0..1, each row sums to 1",
             "scores": "logits", "features": "any", "overview": "any", "logits": "any; softmax over the map is the density"}
-    what.update(image=what["pixels"], samples=what["pixels"], cells="any")
+    what.update(image=what["pixels"], samples=what["pixels"], cells="any", context="any", inside="0 or 1")
     return {"name": name, "dtype": "float32", "shape": list(shape), "range": what[name]}
 
 
@@ -161,6 +178,8 @@ def write(folder, stem, net, config, classes, recipe, pipeline):
         "overview": None if warped or not recipe.overview else {"size": recipe.overview, "fusion": config.global_patch},
         "classes": [{"name": n, "colour": list(c)} for n, c in zip(classes.names, classes.palette)],
     }
+    if pipeline == "boxes":
+        made["boxes"] = boxes.PUBLISHED._replace(limit=config.max_boxes)._asdict()
     if warped:
         made["warp"] = {"task": list(recipe.task), "density": list(recipe.density), "radius": list(recipe.radius)}
     return made, files

@@ -432,7 +432,7 @@ def test_lines_fit_the_schema_at_every_level(nano, segmenter, tmp_path, capsys):
         for source in (open_source("synthetic://64x48", 1), open_source(str(tmp_path / "x.png"))):
             for _frame, line in loop.steps(source, segmenter, sinks, nano.pressure):
                 agree(line, "result")
-                assert (line["level"], line["pressure"], line["schema_version"]) == (level, cause, 3)
+                assert (line["level"], line["pressure"], line["schema_version"]) == (level, cause, 4)
                 agree(json.loads(capsys.readouterr().out), "result")
 
 

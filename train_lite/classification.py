@@ -10,13 +10,13 @@ from train_lite import evaluate, labelled, metrics
 from train_lite.config import micro_batch, mode_settings
 from train_lite.losses import GridLoss
 from train_lite.models import gridnet
-from train_lite.patches import Batch, Chunk
+from train_lite.patches import PixelBatch
 from train_lite.problem import Problem
 
 CALIBRATION_IMAGES = 32  # for the statistics of frozen norms
 
 
-class GridBatch(Batch):
+class GridBatch(PixelBatch):
     """Views whose patches make a grid, with one label each."""
 
     def labels(self):
@@ -26,10 +26,6 @@ class GridBatch(Batch):
     def grid(self):
         """(rows, cols) of patches of every view."""
         return self.views[0].grid
-
-    def chunk(self, picks, _net=None):
-        pixels = [self.views[v].read(self.views[v].stored.picture, self.views[v].boxes[t]) for v, t in picks]
-        return Chunk(self._pixels(pixels), None, [v for v, _ in picks], None, None)
 
 
 class Classification(Problem):
@@ -85,11 +81,8 @@ class Classification(Problem):
 
     def _scores(self, net, stored):
         """(classes,) of the whole image, by the path that edge-run takes."""
-        def run(part, *arrays):
-            with torch.no_grad():
-                return part(*[None if array is None else torch.from_numpy(array).to(self.device) for array in arrays]).cpu().numpy()
-        return scores.grid_scores(stored.picture, self.recipe, lambda pixels: run(net.encoder, pixels),
-                                  lambda cells, g: run(net.head, cells, g))
+        return scores.grid_scores(stored.picture, self.recipe, lambda pixels: evaluate.through(net.encoder, self.device, pixels),
+                                  lambda cells, g: evaluate.through(net.head, self.device, cells, g))
 
     def probabilities(self, net, stored):
         """(classes,) of one image."""

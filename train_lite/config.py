@@ -6,6 +6,8 @@ from edge.errors import UsageError
 
 SUPERVISOR_MIB = 14  # what the supervisor holds beside the training
 CLASSIFIERS = ("resnet50", "mobilenetv2")
+DETECTORS = ("fcos-resnet50", "fcos-mobilenetv2")
+LAST_STRIDE = 128  # px between the cells of a detector's last level
 RETRY_SMALLER = 75  # exit code between train_lite.run and its supervisor: out of memory, go on one notch smaller
 
 
@@ -39,6 +41,7 @@ class TrainConfig(NamedTuple):
     draw: str = "once"
     fill: str = "sample"
     overlap: int = 32
+    max_boxes: int = 100
     # learned down-sampling, in the place of patches
     sampler: str = "none"
     task_size: str = "256x256"
@@ -93,7 +96,8 @@ HELPS = {
     "cache": "folder of the tile store; none given: .nanopatch in the data folder, or in the user's cache",
     "cache_gb": "GB that the tile store may take; the oldest sets go first",
     "demo_images": "images in the demo set; 0: as many as fit the size, 16 at 1024 px",
-    "model": "net of the encoder: unet and deeplabv3 give every pixel a class, resnet50 and mobilenetv2 every image",
+    "model": "net of the encoder: unet and deeplabv3 give every pixel a class, resnet50 and mobilenetv2 every image, fcos-resnet50 and "
+             "fcos-mobilenetv2 find boxes",
     "head": "classification, what reads the grid of patches: small, or PatchGD's published one",
     "width": "channels of the net's first level; published: 64, mobilenetv2 32",
     "norm": "normalisation: group (exact gradients), batch, frozen (fixed statistics, measured before the first step)",
@@ -109,6 +113,7 @@ HELPS = {
     "draw": "sampled, once: no patch comes twice in a batch; again: drawn anew in every inner iteration, as published with the global patch",
     "fill": "sampled, where the Dice sums come from: sample (the patches drawn), image (every patch, as published)",
     "overlap": "px shared by neighbouring tiles when predicting",
+    "max_boxes": "detection, most boxes of an image, and of a class when scored; 100 is COCO's, a canvas of 36 images holds about 260",
     "sampler": "the net sees the whole image at --task-size, sampled: deform (by a density trained with the net), uniform, edge (by a "
                "density that learns label edges), edge-oracle (by the label edges themselves), marin (8x8 nodes drawn to label edges, Marin 2019). none: patches",
     "task_size": "WIDTHxHEIGHT px that the net sees, multiples of 16",
@@ -152,7 +157,7 @@ HELPS = {
 
 CHOICES = {
     "fit": ["long", "stretch", "none"],
-    "model": ["unet", "deeplabv3"] + list(CLASSIFIERS),
+    "model": ["unet", "deeplabv3"] + list(CLASSIFIERS + DETECTORS),
     "head": ["small", "patchgd"],
     "norm": ["group", "batch", "frozen"],
     "mode": ["patch", "full", "down", "tiled"],
@@ -172,7 +177,7 @@ def check(config):
     least = {"res": 16, "classes": 1, "width": 4, "patch": 16, "patches": 1, "inner": 1, "overlap": 0, "epochs": 0,
              "batch": 1, "accumulation": 1, "micro_batch": 0, "lr": 0.0, "clip": 0.0, "dice": 0.0, "cache_gb": 0.001,
              "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "smaller": 0, "weight_decay": 0.0,
-             "density": 8, "deform_width": 4, "gamma": -1.0}
+             "density": 8, "deform_width": 4, "gamma": -1.0, "max_boxes": 1}
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UsageError("--%s is %s, expected %s or more" % (name.replace("_", "-"), getattr(config, name), value))
@@ -180,9 +185,10 @@ def check(config):
                             ("radius", 0.01, 1.0), ("gamma_power", 0.0, 9.0), ("shrink", 0.0, 1.0)):
         if not low <= getattr(config, name) <= high:
             raise UsageError("--%s is %s, expected %s to %s" % (name.replace("_", "-"), getattr(config, name), low, high))
-    if config.patch % 16:
-        raise UsageError("--patch is %d; the nets halve it four times: take a multiple of 16, such as %d"
-                         % (config.patch, max(16, config.patch // 16 * 16)))
+    step = patch_step(config.model)
+    if config.patch % step:
+        raise UsageError("--patch is %d; the nets halve it %s times: take a multiple of %d, such as %d"
+                         % (config.patch, "seven" if step == LAST_STRIDE else "four", step, max(step, config.patch // step * step)))
     if config.overlap >= config.patch and task_of(config.model) == "segmentation":
         raise UsageError("--overlap is %d, expected less than --patch, %d" % (config.overlap, config.patch))
     if config.width % 4:
@@ -258,12 +264,19 @@ def mode_settings(config):
                               config.overlap)}[config.mode]._replace(again=config.draw == "again")
     if task_of(config.model) == "classification":  # one grid for all images, whole from the start: PatchGD's Z
         return settings._replace(resize="none" if config.fit == "none" else "stretch", fill="image", overlap=0)
+    if task_of(config.model) == "detection":  # the head looks across patches: all of Z is there from the start
+        return settings._replace(fill="image", overlap=0)
     return settings
 
 
 def task_of(model):
     """The task that the net of this name is for."""
-    return "classification" if model in CLASSIFIERS else "segmentation"
+    return "classification" if model in CLASSIFIERS else "detection" if model in DETECTORS else "segmentation"
+
+
+def patch_step(model):
+    """px of which the side of a patch is a multiple."""
+    return LAST_STRIDE if task_of(model) == "detection" else 16
 
 
 def micro_batch(config):

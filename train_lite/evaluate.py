@@ -45,21 +45,22 @@ def torch_functions(net, device):
     return encode, score
 
 
+def through(part, device, *arrays):
+    """What `part` of a net makes of numpy arrays (or None), without graph, as a numpy array."""
+    with torch.no_grad():
+        return part(*[None if array is None else torch.from_numpy(array).to(device) for array in arrays]).cpu().numpy()
+
+
 def warp_functions(net, sampler, stored, device):
     """A WarpNet as the two functions (logits_of, score) that edge.warp.path takes, for the image `stored`."""
     net.eval()
-
-    def run(part, pixels):
-        with torch.no_grad():
-            return part(torch.from_numpy(pixels).to(device)).cpu().numpy()
-
     if sampler.kind == "edge-oracle":
         logits_of = lambda pixels: oracle_logits(stored.edges(*sampler.size))  # noqa: E731
     elif sampler.kind == "marin":
-        logits_of = lambda pixels: run(net.deform, pixels)[0]  # noqa: E731
+        logits_of = lambda pixels: through(net.deform, device, pixels)[0]  # noqa: E731
     else:
-        logits_of = net.deform and (lambda pixels: run(net.deform, pixels)[0, 0])
-    return logits_of, lambda pixels: run(net, pixels)
+        logits_of = net.deform and (lambda pixels: through(net.deform, device, pixels)[0, 0])
+    return logits_of, lambda pixels: through(net, device, pixels)
 
 
 def _nodes(moves, recipe):

@@ -92,6 +92,14 @@ class Batch:
         return torch.from_numpy(array).to(self.device, self.dtype)
 
 
+class PixelBatch(Batch):
+    """Views whose patches go through an encoder without labels of their own."""
+
+    def chunk(self, picks, _net=None):
+        pixels = [self.views[v].read(self.views[v].stored.picture, self.views[v].boxes[t]) for v, t in picks]
+        return Chunk(self._pixels(pixels), None, [v for v, _ in picks], None, None)
+
+
 def draw(rng, batch, patches, inner, again=False):
     """PatchGD's sampling: per image one random order of its tiles, cut into `inner` groups of `patches`, so no tile
     comes twice (a second order begins when the first is used up). again: a new order for every group, so that tiles come again, as

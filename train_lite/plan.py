@@ -13,7 +13,7 @@ import torch
 from edge.errors import OverBudget, UsageError
 from jetson import phases
 from jetson.memory import parse_bytes, rss_mib
-from train_lite.config import SUPERVISOR_MIB, micro_batch, mode_settings
+from train_lite.config import SUPERVISOR_MIB, micro_batch, mode_settings, patch_step
 from train_lite.device import JETSON_CUDA_MIB, Peak, memory_mib, out_of_memory, own_memory
 from train_lite.models.recompute import recompute
 from train_lite.optimizer import STATE_BYTES
@@ -67,8 +67,9 @@ def ladder(config, device):
         lower(recompute=True)
     if config.optimizer == "adamw":
         lower(optimizer="adamw8")
-    while not whole and not config.resume and notches[-1].patch // 32 * 16 >= LEAST_PATCH:
-        lower(patch=notches[-1].patch // 32 * 16)
+    step = patch_step(config.model)
+    while not whole and not config.resume and notches[-1].patch // (2 * step) * step >= LEAST_PATCH:
+        lower(patch=notches[-1].patch // (2 * step) * step)
     return notches
 
 

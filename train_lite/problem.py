@@ -1,7 +1,7 @@
 """What is trained on what: all that is fixed during a run, and all that differs between tasks. The loop knows no task by name."""
 import numpy as np
 
-from train_lite.config import micro_batch, mode_settings, task_of
+from train_lite.config import micro_batch, mode_settings, patch_step, task_of
 from train_lite.gradient import Gradient
 from train_lite.patches import View
 
@@ -10,9 +10,13 @@ REWARM = 0.05  # share of the steps over which the rate rises again after the no
 
 def task(config):
     """The Problem class of a config's task."""
-    if task_of(config.model) == "classification":
+    name = task_of(config.model)
+    if name == "classification":
         from train_lite.classification import Classification
         return Classification
+    if name == "detection":
+        from train_lite.detection import Detection
+        return Detection
     from train_lite.segmentation import Segmentation
     return Segmentation
 
@@ -29,7 +33,8 @@ class Problem:
         self.train, self.val, self.test = train, val, test
         self.settings = mode_settings(config)
         longest = max(max(s.height, s.width) for s in train)
-        self.tile = self.settings.tile or max(self.settings.task or (-(-longest // 16) * 16,))
+        step = patch_step(config.model)
+        self.tile = self.settings.tile or max(self.settings.task or (-(-longest // step) * step,))
         self.side = self.tile if self.settings.fusion != "none" else 0
         self.batches = -(-len(train) // config.batch)
         inner = config.inner if self.settings.gradient == "sampled" else 1
@@ -37,6 +42,7 @@ class Problem:
         freeze_at = {"group": config.freeze_at, "frozen": 0.0}.get(config.norm, 1.0)
         self.freeze_step = int(round(freeze_at * self.steps))
 
+    view = View
     turns = range(8)  # of View: how training images may be turned
     scores_pixels = True  # of images at --res, whatever size the net was trained at
 
@@ -45,7 +51,7 @@ class Problem:
         config = self.config
         order = np.random.RandomState([config.seed, epoch]).permutation(len(self.train))
         rng = np.random.RandomState([config.seed, epoch, number + 1])
-        views = [View(self.train[i], self.turns[int(rng.randint(len(self.turns)))] if config.augment else 0, self.tile)
+        views = [self.view(self.train[i], self.turns[int(rng.randint(len(self.turns)))] if config.augment else 0, self.tile)
                  for i in order[number * config.batch:(number + 1) * config.batch]]
         return self.views_to_batch(views, rng, epoch, number), rng
 

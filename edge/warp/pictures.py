@@ -15,10 +15,10 @@ LINE_PX = 8    # between two of them, at least
 HEAT = ((-2, (0, 0, 0)), (0, (70, 20, 120)), (1.5, (210, 50, 60)), (3, (255, 160, 20)), (5, (255, 255, 210)))
 
 
-def shown(picture):
-    """A picture of edge.images, shrunk to at most SIDE_PX: (h, w, 3) uint8."""
+def shown(picture, side_px=SIDE_PX):
+    """A picture of edge.images, shrunk to at most side_px: (h, w, 3) uint8."""
     longest = max(picture.height, picture.width)
-    return images.whole(images.resized(picture, *images.fitted_size(picture.height, picture.width, "long", min(SIDE_PX, longest))))
+    return images.whole(images.resized(picture, *images.fitted_size(picture.height, picture.width, "long", min(side_px, longest))))
 
 
 def whereabouts(small, positions, samples):
@@ -31,13 +31,30 @@ def whereabouts(small, positions, samples):
                    ("where they lie", grid(small, positions))])
 
 
+def _font(px):
+    try:
+        return ImageFont.load_default(px)
+    except TypeError:  # Pillow before 10.1 has one size, smaller
+        return ImageFont.load_default()
+
+
+def outlined(small, boxes, scale, names, palette):
+    """The shrunk picture `small` (h, w, 3) uint8 with boxes (n, 6), of edge.boxes.detect, drawn on it. scale: what their px are
+    multiplied with; names, palette: of the classes."""
+    sheet = Image.fromarray(small)
+    pen, font = ImageDraw.Draw(sheet), _font(11)
+    for box in boxes[::-1]:  # the best on top
+        x0, y0, x1, y1 = (float(side) * scale for side in box[:4])
+        colour = tuple(palette[int(box[5])])
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
+        words = names[int(box[5])] if box[4] >= 1 else "%s %.0f %%" % (names[int(box[5])], 100 * box[4])
+        pen.text((x0 + 3, y0 + 1), words, fill=colour, font=font)
+    return np.array(sheet)
+
+
 def beside(panels):
     """(words, (h, w, 3) uint8) each, side by side, the words above."""
-    parts = []
-    try:
-        font = ImageFont.load_default(14)
-    except TypeError:  # Pillow before 10.1 has one size, smaller
-        font = ImageFont.load_default()
+    parts, font = [], _font(14)
     for words, panel in panels:
         bar = Image.new("RGB", (panel.shape[1], BAR_PX), "white")
         ImageDraw.Draw(bar).text((2, 1), words, fill="black", font=font)

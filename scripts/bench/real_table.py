@@ -8,16 +8,13 @@ Rows: full (whole image), down (shrunk to one patch), no-global (patches alone),
 frozen (ours with freeze-and-fold). The last epoch's net is scored: nothing is chosen on the test images.
 Other flags go to train_lite as they are. Runs that are finished in --out are read, not repeated."""
 import argparse
-import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 
 import real_sets
+from trainings import summary
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ROWS = {"full": ["--mode", "full"], "down": ["--mode", "down"], "no-global": ["--global-patch", "none"], "ours": [],
         "frozen": ["--freeze-at", "0.5"]}
 NAMES = ("acc", "f1", "iou", "bacc", "plr", "nlr")
@@ -25,17 +22,9 @@ NAMES = ("acc", "f1", "iou", "bacc", "plr", "nlr")
 
 def run(args, pairs, row, seed, extra):
     """Train one row with one seed, unless done. Returns its summary."""
-    name = "%s-%d-%s-%d" % (args.set, args.res, row, seed)
-    summary = os.path.join(args.out, name, "summary.json")
-    if not os.path.exists(summary):
-        config = os.path.join(args.out, name, "config.json")
-        words = ["--resume", os.path.dirname(config)] if os.path.exists(config) else [
-            "--data", pairs, "--val-share", "0", "--cache", os.path.join(args.out, "cache"), "--res", str(args.res),
-            "--width", str(args.width), "--epochs", str(args.epochs), "--seed", str(seed), "--out", args.out,
-            "--name", name] + ROWS[row] + extra
-        subprocess.check_call([sys.executable, "-m", "train_lite"] + words, env=dict(os.environ, PYTHONPATH=ROOT))
-    with open(summary) as handle:
-        return json.load(handle)
+    return summary(args.out, "%s-%d-%s-%d" % (args.set, args.res, row, seed), [
+        "--data", pairs, "--val-share", 0, "--cache", os.path.join(args.out, "cache"), "--res", args.res, "--width", args.width,
+        "--epochs", args.epochs, "--seed", seed] + ROWS[row] + extra)
 
 
 def main():

@@ -8,13 +8,13 @@ ground. Scores are of the best net on the test images, on validation images wher
 import argparse
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from trainings import summary
+
 KINDS = ("ground", "disc", "square", "triangle")
 TINTS = ((40, 0, -40), (0, 0, 0), (-40, 0, 40))
 SPLITS = (("train", 24), ("val", 6), ("test", 8))
@@ -59,23 +59,15 @@ def made(folder, side):
 
 
 def train(given, data, sampler, task, seed):
-    """One training. Returns its summary, kept in --work, so that a table that was stopped goes on."""
-    name = "%s-%s-%d" % (sampler, task, seed)
-    summary = os.path.join(given.work, "runs", name, "summary.json")
-    if not os.path.exists(summary):
-        words = ["--data", data, "--res", given.res, "--sampler", sampler, "--task-size", task, "--epochs", given.epochs, "--seed", seed,
-                 "--width", given.width, "--threads", given.threads, "--name", name, "--out", os.path.join(given.work, "runs")]
-        done = subprocess.run([sys.executable, "-m", "train_lite"] + [str(word) for word in words] + given.rest, cwd=ROOT,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            sys.exit(done.stdout.decode(errors="replace"))
-    with open(summary, encoding="utf-8") as handle:
-        return json.load(handle)
+    """One training. Returns its summary."""
+    return summary(os.path.join(given.work, "runs"), "%s-%s-%d" % (sampler, task, seed), [
+        "--data", data, "--res", given.res, "--sampler", sampler, "--task-size", task, "--epochs", given.epochs, "--seed", seed,
+        "--width", given.width, "--threads", given.threads] + given.rest)
 
 
-def row(summary):
+def row(done):
     """The figures of a run, in percent."""
-    found = summary["test"] or summary["val"]
+    found = done["test"] or done["val"]
     parts = found["pooled"]["iou"], found.get("boundary_f1"), (found.get("low_res") or {}).get("iou"), (
         found.get("ceiling") or {}).get("iou")
     return [float("nan") if part is None else 100 * part for part in parts]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from train_lite.models.mobilenet import MobileNetV2
-from train_lite.models.norm import NORMS
+from train_lite.models.norm import NORMS, begin
 from train_lite.models.resnet import ResNet50
 
 
@@ -17,11 +17,7 @@ class ResNetEncoder(ResNet50):
 
     def segments(self):
         """Parts that recompute() may run twice."""
-        return [block for stage in (self.layer1, self.layer2, self.layer3, self.layer4) for block in stage]
-
-    def residual_ends(self):
-        """The norms that end what is added to a shortcut."""
-        return [block.bn3 for block in self.segments()]
+        return self.blocks()
 
     def forward(self, x):
         return self.fc(super().forward(x).mean(dim=(2, 3)))
@@ -36,9 +32,6 @@ class MobileNetEncoder(MobileNetV2):
 
     def segments(self):
         return list(self.features)
-
-    def residual_ends(self):
-        return [block.conv[-1] for block in self.features if getattr(block, "shortcut", False)]
 
     def forward(self, x):
         return self.classifier(super().forward(x).mean(dim=(2, 3)))
@@ -90,11 +83,7 @@ class GridNet(nn.Module):
     def __init__(self, encoder, head, fusion):
         super().__init__()
         self.encoder, self.last, self.fusion, self.features = encoder, head, fusion, encoder.features_out
-        for module in encoder.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        for norm in encoder.residual_ends():  # Goyal et al. 2017, arXiv 1706.02677, section 5.1: without it, group norm does not train
-            nn.init.zeros_(norm.weight)
+        begin(encoder)
 
     def head(self, cells, g):
         if self.fusion != "none":

@@ -75,6 +75,16 @@ class FrozenNorm(nn.Module):
 NORMS = {"group": GroupNorm, "batch": BatchNorm, "frozen": FrozenNorm}
 
 
+def begin(encoder):
+    """First weights of a residual encoder: He's, and branches that add nothing yet (Goyal et al. 2017, arXiv 1706.02677, section
+    5.1): without that, group norm does not train."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    for norm in encoder.residual_ends():
+        nn.init.zeros_(norm.weight)
+
+
 def set_updating(net, updating):
     """Whether batch norms of `net` move their running statistics in train mode."""
     for module in net.modules():

@@ -44,6 +44,20 @@ class ResNet50(nn.Module):
             setattr(self, "layer%d" % (index + 1), nn.Sequential(*layer))
             channels = 4 * planes
 
-    def forward(self, x):
+    def blocks(self):
+        """All residual blocks, in their order."""
+        return [block for stage in (self.layer1, self.layer2, self.layer3, self.layer4) for block in stage]
+
+    def residual_ends(self):
+        """The norms that end what is added to a shortcut."""
+        return [block.bn3 for block in self.blocks()]
+
+    def levels(self, x):
+        """What stages 2, 3 and 4 give: of 8, 16 and 32 * width channels."""
         x = nn.functional.max_pool2d(torch.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        second = self.layer2(self.layer1(x))
+        third = self.layer3(second)
+        return second, third, self.layer4(third)
+
+    def forward(self, x):
+        return self.levels(x)[-1]
