@@ -42,6 +42,22 @@ def command(*words, cwd=None, timeout=900, env=None):
     return done
 
 
+PEAK = """
+with open("/proc/self/status") as handle:
+    print([line.split()[1] for line in handle if line.startswith("VmHWM")][0])
+"""
+
+
+def peaks_kib(code, words, runs, between=lambda: None):
+    """VmHWM of `runs` processes that run the Python `code` with `words`, but of the first, which reads images into the store; sorted.
+    between() is called before each. Freed memory goes back at once: how much of it an allocator keeps is chance, up to 30 MiB."""
+    env, found = dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1048576"), []
+    for _ in range(runs):
+        between()
+        found.append(int(subprocess.check_output([sys.executable, "-c", code + PEAK] + [str(word) for word in words], env=env)))
+    return sorted(found[1:])
+
+
 def write_set(folder, count=3, height=40, width=56, seed=0, classes=2):
     """A set in the layout images + masks: noise with a bright disc that the mask marks. Returns the folder's path."""
     rng = np.random.RandomState(seed)

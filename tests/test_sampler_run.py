@@ -3,8 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, command, write_set
+from conftest import command, peaks_kib, write_set
 from doubles import api_folder
 from edge import cli, contract, images
 from edge.backends import ort
@@ -509,8 +507,6 @@ for _loss in gradient.rounds(batch, rng):
     pass
 gradient.finish(config.clip)
 state.optimizer.step(config.lr)
-with open("/proc/self/status") as handle:
-    print([line.split()[1] for line in handle if line.startswith("VmHWM")][0])
 """
 
 
@@ -518,8 +514,7 @@ with open("/proc/self/status") as handle:
 def test_memory_does_not_grow_with_the_image(tmp_path):
     """64 times the pixels, at most 5 % more at the peak of a step that finds the label edges, too. The smallest of three
     against the largest: processes that do the same differ by 5 % themselves. Reading the images is not in it: a first process has done that."""
-    # what is freed goes back at once: how much of it an allocator keeps is chance, up to 30 MiB
-    peaks, env = {}, dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1048576")
+    peaks = {}
     for res in (1024, 8192):
         folder = tmp_path / str(res)
         for kind in ("images", "masks"):
@@ -527,11 +522,5 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
         blocks = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)  # quick to draw, write and read
         for kind, array in (("images", blocks), ("masks", blocks[..., 0] % 2 * 255)):
             Image.fromarray(array).resize((res, res), Image.NEAREST).save(str(folder / kind / "0.png"), compress_level=1)
-        found = []
-        for _ in range(4):
-            for edges in (folder / "cache").glob("*.edges"):
-                edges.unlink()
-            out = subprocess.check_output([sys.executable, "-c", ONE_STEP, str(folder), str(res)], env=env)
-            found.append(int(out) / 1024.0)
-        peaks[res] = sorted(found[1:])
+        peaks[res] = peaks_kib(ONE_STEP, (folder, res), 4, lambda: [edges.unlink() for edges in (folder / "cache").glob("*.edges")])
     assert peaks[8192][0] <= 1.05 * peaks[1024][-1], peaks

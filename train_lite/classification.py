@@ -7,7 +7,7 @@ from edge import images, scores
 from edge.errors import UsageError
 from edge.warp.pictures import shown
 from train_lite import evaluate, labelled, metrics
-from train_lite.config import micro_batch, mode_settings
+from train_lite.config import mode_settings
 from train_lite.losses import GridLoss
 from train_lite.models import gridnet
 from train_lite.patches import PixelBatch
@@ -34,20 +34,12 @@ class Classification(Problem):
     SCORE = "accuracy"
     scores_pixels = False
 
-    def __init__(self, *given, **named):
-        super().__init__(*given, **named)
-        self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(self.config))
-
     @staticmethod
     def find(config, data):
         """(pairs, classes) behind --data; none without it."""
         if not data:
             raise UsageError("--model %s needs --data: %s" % (config.model, labelled.LAYOUTS))
         return labelled.find(data, config.val_share, config.group_by)
-
-    @staticmethod
-    def overview(settings):
-        return (settings.tile, settings.tile) if settings.fusion != "none" else ()
 
     @staticmethod
     def check(config, train):
@@ -62,11 +54,6 @@ class Classification(Problem):
         settings = mode_settings(config)
         cells = scores.grid(evaluate.recipe(settings, settings.tile or settings.resize_px, 1))
         return gridnet.build(config.model, config.head, config.width, kind, outputs, cells, settings.fusion)
-
-    @staticmethod
-    def probe(net, outputs, count, px):
-        """The sum of what black patches become, to see what a pass through the encoder keeps."""
-        return net.encoder(torch.zeros(count, 3, px, px)).sum()
 
     def views_to_batch(self, views, _rng, _epoch, _number):
         return GridBatch(views, self.side, self.device)
@@ -109,9 +96,7 @@ class Classification(Problem):
         return self.line(result)
 
     def words(self):
-        return "mode %s, %s gradient, global patch %s, patches %dx%d of %d px, head %s" % (
-            (self.config.mode, self.settings.gradient, self.settings.fusion) + scores.grid(self.recipe)[::-1]
-            + (self.tile, self.config.head))
+        return "%s, %dx%d of them, head %s" % ((super().words(),) + scores.grid(self.recipe)[::-1] + (self.config.head,))
 
     def draw(self, net, stored, path):
         """The image with its label and the likeliest three, as a picture in the file `path`."""

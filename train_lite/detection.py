@@ -2,14 +2,13 @@
 import os
 
 import numpy as np
-import torch
 
 from edge import boxes, images
 from edge.errors import UsageError
 from edge.warp import pictures
 from train_lite import average_precision, boxed, evaluate
 from train_lite.boxloss import BoxLoss
-from train_lite.config import micro_batch, mode_settings
+from train_lite.config import mode_settings
 from train_lite.models import fcos
 from train_lite.patches import PixelBatch, View
 from train_lite.problem import Problem
@@ -55,20 +54,12 @@ class Detection(Problem):
     SCORE = "ap"
     view, turns = BoxView, (0, 4)
 
-    def __init__(self, *given, **named):
-        super().__init__(*given, **named)
-        self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(self.config))
-
     @staticmethod
     def find(config, data):
         """(pairs, classes) behind --data; none without it."""
         if not data:
             raise UsageError("--model %s needs --data: %s" % (config.model, boxed.LAYOUTS))
         return boxed.find(data, config.val_share, config.group_by)
-
-    @staticmethod
-    def overview(settings):
-        return (settings.tile, settings.tile) if settings.fusion != "none" else ()
 
     @staticmethod
     def check(_config, train):
@@ -79,11 +70,6 @@ class Detection(Problem):
     @staticmethod
     def build(config, outputs, kind):
         return fcos.build(config.model, config.width, kind, outputs, mode_settings(config).fusion)
-
-    @staticmethod
-    def probe(net, _outputs, count, px):
-        """The sum of what black patches become, to see what a pass through the encoder keeps."""
-        return net.encoder(torch.zeros(count, 3, px, px)).sum()
 
     def views_to_batch(self, views, _rng, _epoch, _number):
         return BoxBatch(views, self.side, self.device)
@@ -120,10 +106,6 @@ class Detection(Problem):
 
     def describe(self, result):
         return self.line(result) + "  AP75 %(ap75).3f  small %(ap_small).3f  medium %(ap_medium).3f  large %(ap_large).3f" % result
-
-    def words(self):
-        return "mode %s, %s gradient, global patch %s, patch %d px" % (
-            self.config.mode, self.settings.gradient, self.settings.fusion, self.tile)
 
     def draw(self, net, stored, path):
         """Truth and what was found, side by side, as a picture in the file `path`."""

@@ -1,6 +1,8 @@
 """What is trained on what: all that is fixed during a run, and all that differs between tasks. The loop knows no task by name."""
 import numpy as np
+import torch
 
+from train_lite import evaluate
 from train_lite.config import micro_batch, mode_settings, patch_step, task_of
 from train_lite.gradient import Gradient
 from train_lite.patches import View
@@ -24,9 +26,8 @@ def task(config):
 class Problem:
     """Fixed during a run. train, val, test: lists of Stored; classes: a dataset.Classes; device: a torch.device.
 
-    A task adds: find(config, data) -> (pairs, classes), overview(settings), check(config, train), build(config, outputs, kind),
-    probe(net, outputs, tiles, px), all static; views_to_batch, objective, calibrate, evaluate, row, line, describe, words, draw; and
-    COLUMNS, CURVES, SCORE of metrics.csv."""
+    A task adds: find(config, data) -> (pairs, classes), check(config, train), build(config, outputs, kind), all static; views_to_batch,
+    objective, calibrate, evaluate, row, line, describe, draw; and COLUMNS, CURVES, SCORE of metrics.csv."""
 
     def __init__(self, config, classes, train, val, test, device):
         self.config, self.classes, self.device = config, classes, device
@@ -36,11 +37,27 @@ class Problem:
         step = patch_step(config.model)
         self.tile = self.settings.tile or max(self.settings.task or (-(-longest // step) * step,))
         self.side = self.tile if self.settings.fusion != "none" else 0
+        self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(config))
         self.batches = -(-len(train) // config.batch)
         inner = config.inner if self.settings.gradient == "sampled" else 1
         self.steps = -(-self.batches * inner // config.accumulation) * config.epochs
         freeze_at = {"group": config.freeze_at, "frozen": 0.0}.get(config.norm, 1.0)
         self.freeze_step = int(round(freeze_at * self.steps))
+
+    @staticmethod
+    def overview(settings):
+        """(height, width) px of the overviews that the store keeps; () for none."""
+        return (settings.tile, settings.tile) if settings.fusion != "none" else ()
+
+    @staticmethod
+    def probe(net, _outputs, count, px):
+        """A scalar of what black patches become, to see what a pass through `net` keeps."""
+        return net.encoder(torch.zeros(count, 3, px, px)).sum()
+
+    def words(self):
+        """How it is trained, in one line."""
+        return "mode %s, %s gradient, global patch %s, patch %d px" % (
+            self.config.mode, self.settings.gradient, self.settings.fusion, self.tile)
 
     view = View
     turns = range(8)  # of View: how training images may be turned

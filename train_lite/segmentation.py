@@ -24,7 +24,6 @@ class Segmentation(Problem):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
         config = self.config
-        self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(config))
         self.sampler = Sampler(config.sampler, self.recipe, config.edge_loss) if self.settings.task else None
         self.how = self.sampler or self.recipe  # what evaluate.label_bands takes
         if self.sampler and self.sampler.size[0] != self.sampler.size[1]:
@@ -37,8 +36,7 @@ class Segmentation(Problem):
 
     @staticmethod
     def overview(settings):
-        """(height, width) px of the overviews that the store keeps; () for none."""
-        return settings.density if settings.task else (settings.tile, settings.tile) if settings.fusion != "none" else ()
+        return settings.density if settings.task else Problem.overview(settings)
 
     @staticmethod
     def check(config, train):
@@ -120,11 +118,9 @@ class Segmentation(Problem):
         return evaluate.describe(result, self.how)
 
     def words(self):
-        """How it is trained, in one line."""
         if self.sampler:
             return "sampler %s, %s px, density of %dx%d" % ((self.config.sampler, self.config.task_size) + self.settings.density[::-1])
-        return "mode %s, %s gradient, global patch %s, patch %d px" % (
-            self.config.mode, self.settings.gradient, self.settings.fusion, self.tile)
+        return super().words()
 
     def draw(self, net, stored, path):
         """Image, truth and prediction as a picture in the file `path`."""
