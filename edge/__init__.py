@@ -9,7 +9,7 @@ def run(engine, source, limit=0, **options):
             print(frame.index, result.area)
 
     engine: a model file with its contract beside it, or a shelf of edge-run --update; source: a path or URI, see
-    edge.sources.open_source; limit: stop after so many frames; options: backend, threads, resize, still, pressure, least_rate and
+    edge.sources.open_source; limit: stop after so many frames; options: backend, threads, resize, still, score, pressure, least_rate and
     least_scale, as of edge-run, and the fields of edge.sources.uri.Options, such as width_px, policy or patience_s.
     result: a loop.Result; frame: a sources.Frame, whose pixels are frame.open().window(0, 0, height, width), of a video valid
     until the next frame.

@@ -24,6 +24,7 @@ class EdgeConfig(NamedTuple):
     backend: str = "auto"
     resize: str = "model"
     still: float = -1.0
+    score: float = -1.0
     input_width: int = 0
     input_height: int = 0
     input_rate: float = 0.0
@@ -65,6 +66,7 @@ HELPS = {
     "resize": "model: frames are brought to the size the net was trained at; none: taken as they are",
     "still": "deform: keep the samples' places while a frame differs by at most this much of 255, on average over the small image; "
              "0: while it is exactly the same; -1: never",
+    "score": "boxes: the least score of one that is kept, 0 to 1; -1: what the model was exported with, 0.2",
     "input_width": "px that a camera is asked for, or to which video is scaled; 0: as it comes, 1280 of csi://",
     "input_height": "px, as --input-width; 0: as it comes, 720 of csi://",
     "input_rate": "frames per second that a camera is asked for, or at most of other video; 0: as it comes, 30 of csi://",
@@ -103,6 +105,8 @@ def check(config):
     for name, least in (("frames", 0), ("threads", 0), ("warm_up", 0), ("runs", 1)):
         if getattr(config, name) < least:
             raise UsageError("--%s is %d, expected %d or more" % (name.replace("_", "-"), getattr(config, name), least))
+    if not (config.score == -1 or 0 <= config.score <= 1):
+        raise UsageError("--score is %g, expected 0 to 1, or -1 for the model's own" % config.score)
     if config.update and config.write_service:
         raise UsageError("--update and --write-service are two commands; give one of them")
     if config.memory_max and not config.write_service:
@@ -185,7 +189,7 @@ def main(argv):
     banner("edge-run", backend.DEVICE, backend.describe())
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
     with ends_cleanly(), contextlib.closing(open_source(config.input, limit, source_options(config))) as source, \
-            shelf.opened(config.engine, config.backend, config.threads, config.resize, config.still, found=found) as pipeline:
+            shelf.opened(config.engine, config.backend, config.threads, config.resize, config.still, config.score, found=found) as pipeline:
         if config.benchmark:
             return _benchmark(config, source, pipeline)
         with live_page(config, source, pipeline) as page, service.running("model %s loaded" % pipeline.model), \

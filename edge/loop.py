@@ -110,7 +110,7 @@ def run(source, pipeline, sinks, pressure):
     return done, failed, health
 
 
-def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", still=-1.0, pressure="auto", least_rate=1.0,
+def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", still=-1.0, score=-1.0, pressure="auto", least_rate=1.0,
            least_scale=0.5, **options):
     """Yield (Frame, Result) of every frame of `source`, as edge.run says."""
     unknown = sorted(set(options) - set(Options._fields))
@@ -118,7 +118,7 @@ def frames(engine, source, limit=0, backend="auto", threads=0, resize="model", s
         raise UsageError("edge.run has no option %s; expected some of %s" % (", ".join(unknown), ", ".join(Options._fields)))
     sinks = Memory()
     with contextlib.closing(open_source(source, limit, Options(**options))) as opened:
-        with shelf.opened(engine, backend, threads, resize, still) as pipeline:
+        with shelf.opened(engine, backend, threads, resize, still, score) as pipeline:
             for frame, line in steps(opened, pipeline, sinks, pressure_on(opened, pipeline, pressure, least_rate, least_scale)):
                 yield frame, Result(None if line["error"] else sinks.mask, line.get("area"), line.get("latency_ms"),
                                     line["capture_time_s"], line["done_time_s"], frame.health, line["error"], line["level"],

@@ -13,12 +13,13 @@ class Segmenter:
 
     contract, files: from contract.load; backend: from backends.choose; threads: 0 for all cores;
     resize: 'model' (frames are brought to the size the net was trained at) or 'none' (taken as they are); still: how much a
-    frame may differ for the samples' places to be used again, see path.Still; negative: never.
+    frame may differ for the samples' places to be used again, see path.Still; negative: never; score: least of a box; negative: the
+    contract's.
 
     moves: whether a stage says where the samples lie; tiled: whether frames are cut into tiles; scale: above 0, what the side of
     such frames is multiplied by before, 1 unless set: masks have the frame's own size whatever it is; model: contract.identity."""
 
-    def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
+    def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0, score=-1.0):
         self.recipe, self.model = contracts.recipe(contract), contracts.identity(contract)
         if resize == "none":
             self.recipe = self.recipe._replace(resize="none")
@@ -27,6 +28,8 @@ class Segmenter:
         if still >= 0 and not self.moves:
             raise UsageError("--still %g: the model is of the pipeline %s, which does not move samples; expected one of deform. Leave "
                              "--still out" % (still, contract["pipeline"]))
+        if score >= 0 and contract["task"] != "detection":
+            raise UsageError("--score %g: the model is for %s; expected one that finds boxes. Leave --score out" % (score, contract["task"]))
         self.palette = [tuple(entry["colour"]) for entry in contract["classes"]]
         self.classes = [entry["name"] for entry in contract["classes"]]
         self.session = backend.Session(contract, files, threads)
@@ -140,10 +143,10 @@ class Segmenter:
 class Classifier(Segmenter):
     """A label for every picture, from the grid of its tiles. As a Segmenter otherwise."""
 
-    def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
+    def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0, score=-1.0):
         if resize != "model":
             raise UsageError("--resize %s: the model labels whole pictures, which it takes at one size. Leave --resize out" % resize)
-        super().__init__(contract, files, backend, threads, resize, still)
+        super().__init__(contract, files, backend, threads, resize, still, score)
 
     def score_bands(self, picture, lap=lambda stage: None):
         """Yield (0, scores (C, 1, 1)): what parity and proof compare."""
@@ -183,9 +186,11 @@ class Classifier(Segmenter):
 class Detector(Segmenter):
     """Boxes of every picture, from tiles at their place in a pyramid of maps. As a Segmenter otherwise."""
 
-    def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0):
+    def __init__(self, contract, files, backend, threads=0, resize="model", still=-1.0, score=-1.0):
         self.rules = boxes.Rules(**contract["boxes"])
-        super().__init__(contract, files, backend, threads, resize, still)
+        if score >= 0:
+            self.rules = self.rules._replace(score=score)
+        super().__init__(contract, files, backend, threads, resize, still, score)
 
     def score_bands(self, picture, lap=lambda stage: None):
         """Yield (0, scores (classes + 5, 1, cells)), all cells of all levels: what parity and proof compare."""

@@ -106,7 +106,7 @@ def model_of(engine):
 
 
 def load(model, backend, *how, found=None):
-    """The Segmenter of a model file. backend: a name; how: threads, resize and still of a Segmenter; found: what contract.load
+    """The Segmenter of a model file. backend: a name; how: threads, resize, still and score of a Segmenter; found: what contract.load
     gave for it, where that is known: it hashes every file. Raises what is wrong."""
     made, files = found or contract.load(model)
     module = backends.choose(backend, model)

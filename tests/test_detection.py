@@ -475,3 +475,16 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
         folders.append(folder)
     small, large = peaks_kib(ONE_BATCH, (folders[0], 1024), 3), peaks_kib(ONE_BATCH, (folders[1], 4096), 2)
     assert large[0] <= 1.05 * small[-1], (small, large)  # processes that do the same differ by 5 % themselves
+
+
+def test_only_boxes_above_the_asked_score(trained, things, capsys):
+    import edge
+    images = str(things / "val" / "images")
+    counts = []
+    for score in (0.05, -1.0, 0.5, 1.0):
+        found = [box["score"] for _frame, result in edge.run(str(trained / "model.onnx"), images, score=score) for box in result.boxes]
+        assert all(value > score for value in found)
+        counts.append(len(found))
+    assert counts[0] > counts[1] >= counts[2] and counts[3] == 0
+    done = command("edge.cli", "--engine", trained / "model.onnx", "--input", images, "--score", 2)
+    assert done.returncode == 2 and "--score is 2, expected 0 to 1" in done.stderr

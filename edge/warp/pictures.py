@@ -48,7 +48,9 @@ def outlined(small, boxes, scale, names, palette):
         colour = tuple(palette[int(box[5])])
         pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
         words = names[int(box[5])] if box[4] >= 1 else "%s %.0f %%" % (names[int(box[5])], 100 * box[4])
-        pen.text((x0 + 3, y0 + 1), words, fill=colour, font=font)
+        across, down = font.getmask(words).size
+        pen.rectangle((x0, y0, x0 + across + 6, y0 + down + 6), fill=colour)
+        pen.text((x0 + 3, y0 + 1), words, fill="black" if sum(colour) > 330 else "white", font=font)
     return np.array(sheet)
 
 
