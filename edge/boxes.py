@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edge import images, tiles
+from edge.errors import BadFile
 from edge.geometry import bilinear_matrix
 from edge.scores import Host
 
@@ -26,7 +27,10 @@ class Rules(NamedTuple):
     limit: int      # most of a picture
 
 
-PUBLISHED = Rules(0.2, 0.6, 1000, 100)
+def rules(limit, score=0.2):
+    """The published Rules (torchvision's: 1000 of a level, 100 of a picture) for `limit` boxes of a picture, about ten cells of a level
+    for each of them."""
+    return Rules(score, 0.6, max(1000, 10 * limit), limit)
 
 
 def layout(height, width, tile):
@@ -62,7 +66,8 @@ def windows(picture, recipe, encode, head, lap=lambda stage: None, pixels=None):
     encode(pixels (n, 3, p, p)) -> (n or more, C, cells) float32. head(cells (1, C, WINDOW, WINDOW), context (the same of the
     global patch, or None), inside (1, 1, WINDOW, WINDOW), 1 for cells of the image) -> (1, classes + 5, WINDOW, WINDOW): class
     logits, logarithms of the distances to the left, upper, right and lower side in strides, logit of the centre-ness.
-    recipe: an edge.scores.Recipe; lap, pixels: as of edge.scores.score_bands. Holds a few rows of tiles, never a map."""
+    recipe: an edge.scores.Recipe; lap, pixels: as of edge.scores.score_bands. Holds a few rows of tiles, never a map: memory
+    grows with the width of the picture, not with its height."""
     pixels = pixels or Host()
     lap = pixels.timed(lap)
     view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
@@ -143,6 +148,8 @@ def detect(picture, recipe, rules, encode, head, lap=lambda stage: None, pixels=
     height, width = images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px)
     found = [np.zeros((0, 6)) for _stride in STRIDES]
     for level, y, x, scores in windows(picture, recipe, encode, head, lap, pixels):
+        if not np.isfinite(scores).all():
+            raise BadFile("the net's scores are no finite numbers. Train again with a smaller --lr, or build the engine without --fp16")
         more = decoded(scores, level, y, x, rules.score)
         if len(more):
             found[level] = best(np.concatenate([found[level], more]), rules.level)

@@ -46,7 +46,7 @@ SEND_BYTES = 1 << 17  # that wait in the kernel for a viewer: what is older than
 TOKEN, TOKEN_LENGTH = "NANOPATCH_TOKEN", 16
 BOUNDARY = b"--nanopatch\r\n"
 KNOWN = {"schema_version", "frame", "source", "error", "capture_time_s", "done_time_s", "health", "height", "width", "mask",
-         "overlay", "samples", "area", "latency_ms"}  # of a result line; what else there is, the page shows as it stands
+         "overlay", "samples", "area", "boxes", "latency_ms"}  # of a result line; what else there is, the page shows as it stands
 
 
 def parse_address(address):

@@ -11,7 +11,7 @@ from edge.errors import UsageError
 from edge.warp import reference
 
 FILM = (".mp4", ".mkv")
-SHEET_PX = 1024  # longer side at which labels and boxes are shown, at most
+SHEET_PX = 1024  # longer side at which labels and boxes are drawn on pictures that are read in bands
 
 
 def is_film(output):
@@ -125,7 +125,7 @@ class Sinks:
         return mask_path, overlay_path, counts
 
     def write_sheet(self, frame, paint):
-        """What paint(the shrunk picture (h, w, 3) uint8, by how much it was shrunk) makes of a frame, (h', w', 3), where overlays
+        """What paint(the picture (h, w, 3) uint8, a large one shrunk, by how much it was shrunk) makes of a frame, (h', w', 3), where overlays
         go; a .png too. Returns the overlay's path, or None."""
         mask_path, path = self.paths(frame)
         path = mask_path if self._one_mask else path
@@ -134,7 +134,8 @@ class Sinks:
             return None
         from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
         picture = frame.open()
-        small = pictures.shown(picture, SHEET_PX)
+        whole = picture.height * picture.width <= images.STREAM_ABOVE_PX
+        small = pictures.shown(picture, max(picture.height, picture.width) if whole else SHEET_PX)
         sheet = paint(small, len(small) / float(picture.height))
         size = sheet.shape[:2]
         room = self.recorder.begin(size[0], size[1], frame.rate) if self.recorder else None

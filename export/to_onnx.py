@@ -179,7 +179,7 @@ def write(folder, stem, net, config, classes, recipe, pipeline):
         "classes": [{"name": n, "colour": list(c)} for n, c in zip(classes.names, classes.palette)],
     }
     if pipeline == "boxes":
-        made["boxes"] = boxes.PUBLISHED._replace(limit=config.max_boxes)._asdict()
+        made["boxes"] = boxes.rules(config.max_boxes)._asdict()
     if warped:
         made["warp"] = {"task": list(recipe.task), "density": list(recipe.density), "radius": list(recipe.radius)}
     return made, files

@@ -89,7 +89,7 @@ def test_coco_folders(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bbox, words", [
     ([-1.5, 0, 50, 50], "lies outside"), ([160, 0, 41.5, 50], "lies outside"), ([0, -2, 50, 50], "lies outside"),
     ([0, 60, 50, 42], "lies outside; expected 0 to 200 across and 0 to 100 down"), ([200, 0, 0.9, 50], "lies outside"),
-    ([5, 5, 0, 5], "has no area"), ([5, 5, 5, -1], "has no area"), ([5, 5, 5], "four finite numbers"),
+    ([5, 5, -1, 0], "has no area"), ([5, 5, 5, -1], "has no area"), ([5, 5, 5], "four finite numbers"),
     ("5 5 5 5", "four finite numbers"),
     (None, "four finite numbers"), ([5, 5, "5", 5], "four finite numbers"), ([5, 5, 10 ** 400, 5], "four finite numbers"),
     ([True, 5, 5, 5], "four finite numbers"), ([5, 5, 1e9, 5], "four finite numbers")])
@@ -135,9 +135,17 @@ def test_coco_entries_that_cannot_be_used(breakage, words, tmp_path):
     refused(str(tmp_path), words, "expected")
 
 
+def test_coco_boxes_without_area_are_left_out_and_counted(tmp_path, capsys):
+    """COCO's own train2017 has two of them."""
+    put(tmp_path, {"train.json": coco(boxes=((0, 7, [5, 5, 9, 0]), (0, 7, [0, 0, 9, 9]), (1, 3, [7, 7, 0, 3.0]))), "a.jpg": "", "b.jpg": ""})
+    pairs, _classes = boxed.find(str(tmp_path), 0.0)
+    assert [len(pair.boxes) for pair in pairs] == [1, 0]
+    assert "2 of 3 boxes have no width or no height and are left out, the first is annotation 90" in capsys.readouterr().err
+
+
 def test_every_bad_entry_is_named(tmp_path):
     put(tmp_path,
-        {"train.json": coco(["a.jpg", "x.jpg"], [(0, 7, [0, 0, 0, 0]), (5, 7, [0, 0, 9, 9]), (0, 8, [0, 0, 9, 9])]), "a.jpg": ""})
+        {"train.json": coco(["a.jpg", "x.jpg"], [(0, 7, [0, 0, -1, 0]), (5, 7, [0, 0, 9, 9]), (0, 8, [0, 0, 9, 9])]), "a.jpg": ""})
     refused(str(tmp_path), "(4):", "annotation 90", "annotation 91", "annotation 92", "x.jpg")
 
 
@@ -240,13 +248,27 @@ def test_yolo_files_that_cannot_be_used(files, words, tmp_path):
 def test_yolo_folders_and_texts_that_are_missing(tmp_path):
     put(tmp_path / "a",
         {"train/images/1.jpg": "", "train/labels/1.txt": "0 .5 .5 .5 .5", "val/images/2.jpg": "", "test/labels/3.txt": ""})
-    refused(str(tmp_path / "a"), "(3):", "classes.txt: cannot be read", os.path.join("val", "labels"),
+    refused(str(tmp_path / "a"), "(3):", "classes.txt: no such file; expected one class name per line", os.path.join("val", "labels"),
             os.path.join("test", "images"))
     put(tmp_path / "b", {"classes.txt": "cat", "images/1.jpg": "", "labels/1.txt": ""})
     refused(str(tmp_path / "b"), "has no boxes on its training images")
     with open(str(tmp_path / "b" / "labels" / "1.txt"), "wb") as handle:
         handle.write(b"\xff\xfe0 1")
     refused(str(tmp_path / "b"), "1.txt: cannot be read as text", "UTF-8")
+
+
+def test_yolo_names_elsewhere(tmp_path):
+    """classes.txt beside the labels, as labelImg writes it, or the names of a data.yaml in its three forms."""
+    files = {"images/1.jpg": "", "labels/1.txt": "1 .5 .5 .5 .5"}
+    put(tmp_path / "beside", dict(files, **{"labels/classes.txt": "cat\ndog"}))
+    for name, text in (("list", "path: .\nnc: 2\nnames: ['cat', \"dog\"]\n"), ("lines", "names:\n  - cat  # first\n  - dog\ntrain: images\n"),
+                       ("numbers", "names:\n  1: dog\n  0: cat\nnc: 2\n")):
+        put(tmp_path / name, dict(files, **{"data.yaml": text}))
+    for name in ("beside", "list", "lines", "numbers"):
+        pairs, classes = boxed.find(str(tmp_path / name), 0.0)
+        assert classes.names == ("cat", "dog") and pairs[0].boxes[0].label == 1, name
+    put(tmp_path / "none", dict(files, **{"data.yaml": "nc: 2\nnames: two"}))
+    refused(str(tmp_path / "none"), "data.yaml: its names are no list")
 
 
 # --- Pascal VOC -----------------------------------------------------------------------------------------------------

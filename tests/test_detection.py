@@ -1,6 +1,8 @@
 """Boxes from patches at their place in a pyramid: gradients, targets, the head in windows, and what is found."""
+import copy
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -345,7 +347,7 @@ def test_edge_run_gives_trainings_own_boxes(trained, things, tmp_path):
     for line in [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]:
         assert schema.violations(line, schema.load("result")) == [] and line["mask"] is None
         entry, = [s for s in stored if s.pair.image == line["source"]]
-        want = problem_.boxes(net, entry, boxes.PUBLISHED)
+        want = problem_.boxes(net, entry, boxes.rules(100))
         want[:, :4] *= line["width"] / float(entry.width)
         assert len(want) == len(line["boxes"])
         for box, found in zip(want, line["boxes"]):
@@ -406,6 +408,11 @@ def test_exports_pass_the_target_check_and_the_gate(model, fusion, tmp_path):
         parity.demand(report, 1e-4, "model.onnx")
         made["proof"] = proof.make(reference, 1e-4)
         assert proof.demand(candidate, made, "model.onnx") < 1
+        wrong = copy.deepcopy(net)
+        torch.nn.init.normal_(wrong.encoder.fpn.extra_blocks["p7"].weight)
+        with kind(made, files, parity.TorchBackend(wrong)) as other, pytest.raises(ParityError, match="other answers"):
+            other.recipe = recipe
+            proof.demand(other, made, "model.onnx")
         candidate.recipe = candidate.recipe._replace(mean=candidate.recipe.mean[::-1])
         report, _calls = parity.compare(reference, candidate, [frame])
         with pytest.raises(ParityError, match="begins in stage prepare"):
@@ -430,7 +437,7 @@ def test_contracts_that_disagree_are_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("flags, code, said", [
     (["--patch", "64"], 2, "multiple of 128"), (["--sampler", "deform"], 2, "--sampler deform and --model fcos-mobilenetv2"),
-    (["--data", "nowhere"], 2, "does not exist"), (["--max-boxes", "0"], 2, "--max-boxes is 0")])
+    (["--data", "nowhere"], 2, "does not exist"), (["--max-boxes", "0"], 2, "--max-boxes is 0"), (["--data", ""], 2, "needs --data")])
 def test_usage(flags, code, said, things, tmp_path):
     done = command("train_lite", "--data", things, "--res", 192, "--patch", 128, "--model", "fcos-mobilenetv2", "--width", 4, "--out", tmp_path, *flags)
     assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
@@ -488,3 +495,82 @@ def test_only_boxes_above_the_asked_score(trained, things, capsys):
     assert counts[0] > counts[1] >= counts[2] and counts[3] == 0
     done = command("edge.cli", "--engine", trained / "model.onnx", "--input", images, "--score", 2)
     assert done.returncode == 2 and "--score is 2, expected 0 to 1" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--mode", "full"], ["--mode", "down"], ["--mode", "tiled"], ["--gradient", "exact", "--global-patch", "add"]])
+def test_every_mode_trains_exports_and_runs(flags, things, tmp_path):
+    """And --tile-batch gives the same boxes, up to rounding."""
+    done = command("train_lite", "--data", things, "--res", 192, "--patch", 128, "--model", "fcos-mobilenetv2", "--width", 4, "--epochs", 1,
+                   "--inner", 1, "--out", tmp_path, "--name", "run", *flags)
+    assert done.returncode == 0, done.stderr
+    found = []
+    for batch in (1, 2) if "exact" in flags else (1,):
+        model = tmp_path / ("%d.onnx" % batch)
+        done = command("export", tmp_path / "run", "--out", model, "--tile-batch", batch)
+        assert done.returncode == 0, done.stderr
+        done = command("edge.cli", "--engine", model, "--input", things / "val" / "images", "--output", "-", "--score", 0)
+        assert done.returncode == 0, done.stderr
+        found.append([[box["score"] for box in json.loads(text)["boxes"]] for text in done.stdout.splitlines()])
+    assert [len(scores) for scores in found[0]] == [100] * 3 and np.abs(np.array(found[0]) - found[-1]).max() < 1e-4
+
+
+def test_boxes_lie_where_they_are_whatever_the_scale(tmp_path):
+    """A head that says one box for every cell of one level, at scale 1, at half the size, and of images smaller than anything."""
+    def head(cells, _context, _inside):
+        scores = np.full((1, 6) + cells.shape[2:], -9.0, np.float32)
+        scores[0, 1:5], scores[0, 5] = 0.0, 9
+        scores[0, 0, boxes.HALO + 1, boxes.HALO + 2] = 9  # one cell of every window
+        return scores
+
+    for size in ((200, 300), (7, 5), (1, 1)):
+        picture = ArrayPicture(np.zeros(size + (3,), np.uint8))
+        for recipe in (Recipe("none", 0, 128, 0, 2, 0, MEAN, STD), Recipe("long", 150, 128, 0, 2, 0, MEAN, STD)):
+            found = boxes.detect(picture, recipe, boxes.rules(100), lambda p: np.zeros((len(p), 4, 341), np.float32), head)
+            assert (found[:, :2] >= 0).all() and (found[:, 2] <= size[1] + 1e-9).all() and (found[:, 3] <= size[0] + 1e-9).all()
+            if size == (200, 300):
+                scale = 300 / 150.0 if recipe.resize == "long" else 1.0
+                first = found[np.argmin(found[:, 2] - found[:, 0])]
+                assert np.abs(first[:4] - scale * np.array([12, 4, 28, 20])).max() < 1e-6, "middle (20, 12), one stride each way"
+
+
+def test_scores_that_are_no_numbers_are_an_error():
+    with pytest.raises(BadFile, match="no finite numbers"):
+        boxes.detect(ArrayPicture(np.zeros((60, 60, 3), np.uint8)), Recipe("none", 0, 128, 0, 1, 0, MEAN, STD), boxes.rules(100),
+                     lambda p: np.zeros((1, 4, 341), np.float32), lambda cells, _c, _i: np.full((1, 6, 42, 42), np.nan, np.float32))
+
+
+def test_hundreds_of_boxes_are_found():
+    """576 boxes on one level, each of nine cells that stand for it: more cells than the published thousand of a level."""
+    truth = np.array([(8 + 64 * x, 8 + 64 * y, 48 + 64 * x, 48 + 64 * y, 0, 0) for y in range(24) for x in range(24)], float)
+    rng, size = np.random.RandomState(0), 24 * 64
+    maps = []
+    for level, (rows, columns) in enumerate(boxes.sizes(size, size)):
+        labels, distances = boxloss.targets(level, 0, 0, rows, columns, truth)
+        scores = np.full((6, rows, columns), -9.0)
+        scores[0][labels == 0] = rng.uniform(1, 9, int((labels == 0).sum()))
+        scores[1:5], scores[5] = np.log(np.maximum(distances, 1e-9)), 9
+        maps.append(scores)
+    assert sum(int((scores[0] > 0).sum()) for scores in maps) > 4000
+    for limit, least, most in ((100, 100, 100), (1000, 576, 576)):
+        rules = boxes.rules(limit)
+        kept = np.concatenate([boxes.best(boxes.decoded(scores, level, 0, 0, rules.score), rules.level) for level, scores in enumerate(maps)])
+        assert least <= len(boxes.apart(boxes.best(kept, len(kept)), rules.overlap, rules.limit)) <= most
+
+
+def test_other_classes_do_not_go_on_with_a_run(trained, things, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(str(trained / "run"), str(run))
+    data = tmp_path / "things"
+    shutil.copytree(str(things), str(data), ignore=shutil.ignore_patterns(".nanopatch"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(dict(config, data=str(data))))
+    (data / "classes.txt").write_text("square\ndisc")
+    done = command("train_lite", "--resume", run)
+    assert done.returncode == 2 and "the first that differs is number 0: 'disc', now 'square'" in done.stderr, done.stderr
+
+
+def test_boxes_that_no_cell_stands_for_are_said(things, tmp_path):
+    done = command("train_lite", "--data", things, "--res", 32, "--patch", 128, "--model", "fcos-mobilenetv2", "--width", 4, "--epochs", 1, "--inner", 1,
+                   "--out", tmp_path, "--name", "run", "--json")
+    assert done.returncode == 0 and "no cell stands for" in done.stderr, done.stderr
+    assert json.loads(done.stdout, parse_constant=pytest.fail)["val"]["ap_large"] is None, "NaN is no JSON"

@@ -1,8 +1,9 @@
 """Files on disk -> images with boxes, their split and their classes. Reads no pixels."""
 import os
+import re
 from xml.etree import ElementTree
 
-from edge.command import read_json
+from edge.command import read_json, say
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE
 from train_lite.dataset import SHADES, Box, Classes, Pair, hold_out
@@ -141,7 +142,13 @@ def _coco(root, files, problems):
                      % (path, number, here.get(number), known.get(number), first)
                      for number in sorted(set(here) | set(known)) if here.get(number) != known.get(number)]
         boxes = {number: [] for number in images}
+        flat = [number for number, note in notes.items() if _flat(note.get("bbox"))]
+        if flat:  # COCO's own train2017 has two
+            say("warning: %s: %d of %d boxes have no width or no height and are left out, the first is annotation %d"
+                % (path, len(flat), len(notes), flat[0]))
         for number, note in notes.items():
+            if _flat(note.get("bbox")):
+                continue
             try:
                 _coco_box(note, images, labels, boxes)
             except ValueError as exc:
@@ -179,6 +186,10 @@ def _indexed(path, stored, key, problems):
 
 def _sized(entry):
     return all(_number(entry.get(side)) and entry[side] > 0 for side in ("width", "height"))
+
+
+def _flat(bbox):
+    return isinstance(bbox, list) and len(bbox) == 4 and all(map(_number, bbox)) and min(bbox[2:]) == 0
 
 
 def _coco_box(note, images, labels, boxes):
@@ -231,13 +242,15 @@ def _yolo_places(data):
 
 
 def _yolo(data, places, problems):
-    names, pairs = _names(os.path.join(data, "classes.txt"), problems), []
+    names, pairs = _yolo_names(data, places, problems), []
     for images, labels, split in places:
         missing = [folder for folder in (images, labels) if not os.path.isdir(folder)]
         if missing:
             problems.append("no such folder: %s; expected images and labels side by side" % missing[0])
             continue
         photos, texts = _by_stem(images, READABLE, problems), _by_stem(labels, (".txt",), problems)
+        if "classes" not in photos:
+            texts.pop("classes", None)  # where some programs put the names
         problems += ["%s: no image for it in %s; expected one of the same name" % (texts[stem], images)
                      for stem in texts if stem not in photos]
         for stem, image in photos.items():
@@ -249,6 +262,33 @@ def _yolo(data, places, problems):
                     problems.append("%s line %d: %.80r %s" % (texts[stem], at, line, exc))
             pairs.append(_pair(data, image, split, boxes))
     return pairs, names
+
+
+def _yolo_names(data, places, problems):
+    """The class names: lines of a classes.txt, in the folder or beside the labels, or the `names` of a data.yaml."""
+    for path in [os.path.join(data, "classes.txt")] + [os.path.join(labels, "classes.txt") for _images, labels, _split in places]:
+        if os.path.isfile(path):
+            return _names(path, problems)
+    yaml = os.path.join(data, "data.yaml")
+    if not os.path.isfile(yaml):
+        problems.append("%s: no such file; expected one class name per line, or a data.yaml with names" % os.path.join(data, "classes.txt"))
+        return []
+    found, inside = {}, False
+    for line in _lines(yaml, problems):
+        line = line.split(" #")[0].strip()
+        if re.match(r"names\s*:", line):
+            inside, listed = True, re.match(r"names\s*:\s*\[(.*)\]$", line)
+            found.update(enumerate(part.strip().strip("'\"") for part in listed.group(1).split(",")) if listed else ())
+        elif inside:
+            entry = re.match(r"(?:-|(\d+)\s*:)\s+(.+)$", line)
+            if not entry:
+                inside = False
+                continue
+            found[int(entry.group(1)) if entry.group(1) else len(found)] = entry.group(2).strip("'\"")
+    if sorted(found) != list(range(len(found))) or not found:
+        problems.append("%s: its names are no list; expected names: [one, two], or a line for each" % yaml)
+        return []
+    return [found[index] for index in range(len(found))]
 
 
 def _yolo_box(line, names):

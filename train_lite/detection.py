@@ -4,9 +4,10 @@ import os
 import numpy as np
 
 from edge import boxes, images
+from edge.command import say
 from edge.errors import UsageError
 from edge.warp import pictures
-from train_lite import average_precision, boxed, evaluate
+from train_lite import average_precision, boxed, boxloss, evaluate
 from train_lite.boxloss import BoxLoss
 from train_lite.config import mode_settings
 from train_lite.models import fcos
@@ -14,6 +15,7 @@ from train_lite.patches import PixelBatch, View
 from train_lite.problem import Problem
 
 CALIBRATION_PATCHES = 32  # for the statistics of frozen norms
+LOOKED_AT, LOST = 100, 0.02  # images that are looked through for boxes that cannot be learned, and their share that is not worth a word
 SCORE_LEAST = 0.05        # of the boxes that are scored: average precision ranks them, so the weak ones count too
 
 
@@ -62,10 +64,22 @@ class Detection(Problem):
         return boxed.find(data, config.val_share, config.group_by)
 
     @staticmethod
-    def check(_config, train):
+    def check(config, train):
         if not any(entry.pair.boxes for entry in train):
             raise UsageError("none of the %d training images has a box: there is nothing to learn. Expected boxes on some: %s"
                              % (len(train), boxed.LAYOUTS))
+        looked_at, lost = 0, 0
+        for entry in train[:LOOKED_AT]:
+            own = truth_of(entry)
+            own = own[own[:, 5] == 0]
+            own[:, 4] = np.arange(len(own))
+            seen = set()
+            for level, (rows, columns) in enumerate(boxes.sizes(entry.height, entry.width)):
+                seen.update(np.unique(boxloss.targets(level, 0, 0, rows, columns, own)[0]).tolist())
+            looked_at, lost = looked_at + len(own), lost + len(own) - len(seen - {boxloss.NOTHING})
+        if lost > LOST * looked_at:
+            say("warning: no cell stands for %d of %d boxes of the first %d images at --res %d: they are too small, too thin or hidden behind "
+                "smaller ones, and cannot be learned. A larger --res shows more" % (lost, looked_at, min(LOOKED_AT, len(train)), config.res))
 
     @staticmethod
     def build(config, outputs, kind):
@@ -92,7 +106,7 @@ class Detection(Problem):
 
     def evaluate(self, net, stored, final=False):
         """COCO's average precision on a list of Stored, sizes of boxes in px at --res: see average_precision.evaluate."""
-        rules = boxes.PUBLISHED._replace(score=SCORE_LEAST, limit=self.config.max_boxes)
+        rules = boxes.rules(self.config.max_boxes, SCORE_LEAST)
         return average_precision.evaluate([truth_of(entry) for entry in stored], [self.boxes(net, entry, rules) for entry in stored],
                                           len(self.classes.names), self.config.max_boxes)
 
@@ -109,7 +123,7 @@ class Detection(Problem):
 
     def draw(self, net, stored, path):
         """Truth and what was found, side by side, as a picture in the file `path`."""
-        rules = boxes.PUBLISHED._replace(limit=self.config.max_boxes)
+        rules = boxes.rules(self.config.max_boxes)
         small, names, palette = pictures.shown(stored.picture), self.classes.names, self.classes.palette
         scale = len(small) / float(stored.height)
         truth = truth_of(stored)

@@ -1,4 +1,5 @@
 """The maps of an image's levels, in a file: what a head reads in windows, and what it asks of them, at the memory of a window."""
+import errno
 import os
 import tempfile
 
@@ -15,7 +16,7 @@ class Field:
         self.sizes, self._dtype, self._channels = boxes.sizes(height, width), np.dtype(dtype), channels
         cell = channels * self._dtype.itemsize
         self._first = [0] + np.cumsum([rows * columns * cell for rows, columns in self.sizes]).tolist()
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._folder, self._file = folder, tempfile.TemporaryFile(dir=folder)
         self.clear()
 
     def clear(self):
@@ -39,7 +40,8 @@ class Field:
         rows, columns = self.sizes[level]
         inside = np.ascontiguousarray(np.moveaxis(cells[:, :rows - y0, :columns - x0], 0, 2), self._dtype)
         for (at, _size), row in zip(self._rows(level, y0, x0, y0 + inside.shape[0], x0 + inside.shape[1]), inside):
-            os.pwrite(self._file.fileno(), row.tobytes(), at)
+            if os.pwrite(self._file.fileno(), row.tobytes(), at) != row.nbytes:
+                raise OSError(errno.ENOSPC, "cannot write all of the maps", self._folder)
 
     def add(self, level, y0, x0, cells):
         """Add cells (C, h, w), all within the level, to those at y0, x0."""

@@ -11,7 +11,7 @@ from edge.optional import need
 from jetson import phases
 from jetson.memory import peak_rss_mib
 from train_lite import checkpoint, demo, store
-from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings
+from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings, patch_step
 from train_lite.runfolder import RunFolder
 
 OWN_WORDS = ("--resume", "--json", "--debug", "--smaller")  # of a command that goes on with a run
@@ -86,8 +86,10 @@ def _resumed(flags, argv):
 
 def _data_folder(config):
     """--data; without it the demo set, made now. '' when only a plan is asked for and there is no data."""
+    from train_lite.problem import task
     if config.data or config.plan:
         return config.data
+    task(config).find(config, "")  # refuses, of a task that has no demo set
     return demo.make(os.path.join("runs", "demo-%d" % config.res), config.res, config.demo_images)
 
 
@@ -100,7 +102,9 @@ def _plan(config, pairs, classes, device):
     headers = [header for header in headers if header]
     settings = mode_settings(config)
     fitted = [fitted_size(h, w, settings.resize, settings.resize_px) for h, w, _bands in headers]
-    tile_px = 0 if settings.tile else max(h * w for h, w in ([settings.task] if settings.task else fitted))
+    step = patch_step(config.model)
+    whole = settings.task or (-(-max(max(size) for size in fitted) // step) * step,) * 2
+    tile_px = 0 if settings.tile else whole[0] * whole[1]
     notches, allowed = plan.ladder(config, device), plan.budget(config.budget, device)
     predicted = plan.estimates(config, classes.outputs, tile_px, headers, device)
     chosen = plan.choose(notches, predicted, allowed, config.smaller)
@@ -153,6 +157,15 @@ def _settle(config, candidates, allowed, classes, stored, device):
                      % (took, allowed.free_mib, notch.smaller_net()))
 
 
+def _known(value):
+    """`value` as JSON has it: None for what is no number."""
+    if isinstance(value, dict):
+        return {key: _known(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_known(part) for part in value]
+    return None if isinstance(value, float) and value != value else value
+
+
 def _describe(problem, start, run):
     config = problem.config
     say("%s width %d, %.2f M parameters | %s" % (
@@ -174,7 +187,7 @@ def _report(config, problem, start, run, result, seconds):
         say("test  %s (best net, %d images)" % (problem.describe(summary["test"]), len(problem.test)))
     elif problem.settings.task and result:
         say("val  %s (last net, %d images)" % (problem.describe(result), len(problem.val)))
-    summary["peak_mib"] = peak_rss_mib()
+    summary = _known(dict(summary, peak_mib=peak_rss_mib()))
     with open(os.path.join(run.path, "summary.json"), "w", encoding="utf-8") as handle:
         json.dump(summary, handle, indent=1)
     say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))

@@ -50,6 +50,7 @@ class State:
     @classmethod
     def load(cls, path, problem):
         tensors, meta = checkpoint.read_newest(path, drop_damaged=True)
+        _demand_classes(problem, meta, path)
         try:
             state = cls(problem, meta["frozen"])
             for name in ("epoch", "batch", "step", "frozen_at", "best", "loss_sum", "loss_count"):
@@ -78,6 +79,16 @@ class State:
         self.frozen_at, self.best = self.step, -1.0
         self.optimizer = self._new_optimizer(problem.config)
         say("step %d: %d norms are frozen; they fold into the convolutions at export" % (self.step, len(names)))
+
+
+def _demand_classes(problem, meta, path):
+    """Raise UsageError where the data names other classes than those that the checkpoint was trained for."""
+    trained, now = [list(names) for names in (meta.get("classes", {}).get("names", ()), problem.classes.names)]
+    if trained and trained != now:
+        first = next((i for i, pair in enumerate(zip(trained, now)) if pair[0] != pair[1]), min(len(trained), len(now)))
+        raise UsageError("%s was trained for %d classes, --data now has %d; the first that differs is number %d: %s, now %s. Bring the old ones "
+                         "back, or begin a new run" % (path, len(trained), len(now), first, *[
+                             repr(names[first]) if first < len(names) else "none" for names in (trained, now)]))
 
 
 def _moments(state, tensors, kind):
