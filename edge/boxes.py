@@ -87,9 +87,9 @@ def windows(picture, recipe, encode, head, lap=lambda stage: None, pixels=None):
     levels = [Level(*size) for size in sizes(view.height, view.width)]
     for y in laid.ys:
         row = [(y, x, y + recipe.tile, x + recipe.tile) for x in laid.xs]
-        found = np.concatenate([features(view, row[i:i + recipe.batch]) for i in range(0, len(row), recipe.batch)])
-        for level, part in zip(levels, split(found, recipe.tile)):
-            level.add(part)
+        for first in range(0, len(row), recipe.batch):
+            for level, part in zip(levels, split(features(view, row[first:first + recipe.batch]), recipe.tile)):
+                level.add(part, first)
         for index, level in enumerate(levels):
             for y0, x0, cells, inside in level.ready():
                 context = None
@@ -113,25 +113,32 @@ class Level:
 
     def __init__(self, height, width):
         self.height, self.width = height, width
-        self._rows, self._top, self._next = None, 0, 0
+        self._rows = None  # (C, rows, width), of which the first _there are the map's from _top on
+        self._top = self._there = self._next = self._added = 0
 
-    def add(self, row):
-        """A row of tiles, (n, C, side, side), below what is there."""
-        count, channels, side, _side = row.shape
-        below = row.transpose(1, 2, 0, 3).reshape(channels, side, count * side)[:, :, :self.width]
-        self._rows = below if self._rows is None else np.concatenate([self._rows, below], axis=1)
-        self._rows = self._rows[:, :self.height - self._top]
+    def add(self, tiles, column):
+        """Tiles (n, C, side, side), number `column` and on of the row of tiles below what is there. ready() ends the row."""
+        channels, side = tiles.shape[1:3]
+        if self._rows is None:  # what ready() leaves is less than a window
+            self._rows = np.zeros((channels, min(self.height, WINDOW + side), self.width), np.float32)
+        self._added = min(side, self.height - self._top - self._there)
+        for x, tile in enumerate(tiles, column):
+            part = self._rows[:, self._there:self._there + self._added, x * side:(x + 1) * side]
+            part[...] = tile[:, :self._added, :part.shape[2]]
 
     def ready(self):
         """Yield (y, x, cells (1, C, WINDOW, WINDOW), inside (1, 1, WINDOW, WINDOW)) of the windows around y, x whose rows are all
         there; zeros outside the map. Each comes once."""
-        bottom = self._top + self._rows.shape[1]
+        self._there, self._added = self._there + self._added, 0
+        bottom = self._top + self._there
         while self._next < self.height and (bottom == self.height or bottom >= self._next + CELLS + HALO):
             for x in range(0, self.width, CELLS):
                 yield (self._next, x) + self._window(self._next - HALO, x - HALO)
             self._next += CELLS
-            done = max(0, self._next - HALO - self._top)
-            self._rows, self._top = self._rows[:, done:], self._top + done
+            done = min(self._there, max(0, self._next - HALO - self._top))
+            self._there, self._top = self._there - done, self._top + done
+            for rows in self._rows:  # one by one: numpy copies what overlaps
+                rows[:self._there] = rows[done:done + self._there]
 
     def _window(self, y, x):
         cells = np.zeros((1, len(self._rows), WINDOW, WINDOW), np.float32)

@@ -38,6 +38,15 @@ def targets(level, y0, x0, y1, x1, truth):
     return labels, distances
 
 
+def windows(height, width):
+    """Yield (level, cells (y0, x0, y1, x1), (rows, columns) of the level) of all levels of an image of height x width px, cut into
+    windows of boxes.CELLS each way."""
+    for level, (rows, columns) in enumerate(boxes.sizes(height, width)):
+        for y in range(0, rows, boxes.CELLS):
+            for x in range(0, columns, boxes.CELLS):
+                yield level, (y, x, min(rows, y + boxes.CELLS), min(columns, x + boxes.CELLS)), (rows, columns)
+
+
 def centreness(distances):
     """(4, ...) left, up, right, down -> 1 in the middle of a box, 0 at its side (section 3.2)."""
     left, up, right, down = distances
@@ -106,13 +115,10 @@ class BoxTable:
 
     def _windows(self):
         """(image, level, own cells, cells that are read: y0, x0, y1, x1 each) of all windows."""
-        for image, field in enumerate(self._fields):
-            for level, (rows, columns) in enumerate(field.sizes):
-                for y in range(0, rows, boxes.CELLS):
-                    for x in range(0, columns, boxes.CELLS):
-                        own = y, x, min(rows, y + boxes.CELLS), min(columns, x + boxes.CELLS)
-                        yield image, level, own, (max(0, y - boxes.HALO), max(0, x - boxes.HALO),
-                                                  min(rows, own[2] + boxes.HALO), min(columns, own[3] + boxes.HALO))
+        for image, view in enumerate(self._views):
+            for level, own, (rows, columns) in windows(view.height, view.width):
+                yield image, level, own, (max(0, own[0] - boxes.HALO), max(0, own[1] - boxes.HALO),
+                                          min(rows, own[2] + boxes.HALO), min(columns, own[3] + boxes.HALO))
 
     def couple(self, net, g, factor):
         """Through the head, window by window: its gradient, g's, and what every cell is asked for."""

@@ -15,7 +15,7 @@ from train_lite.patches import PixelBatch, View
 from train_lite.problem import Problem
 
 CALIBRATION_PATCHES = 32  # for the statistics of frozen norms
-LOOKED_AT, LOST = 100, 0.02  # images that are looked through for boxes that cannot be learned, and their share that is not worth a word
+LOOKED_AT, LOST = 20, 0.02  # images that are looked through for boxes that cannot be learned, and their share that is not worth a word
 SCORE_LEAST = 0.05        # of the boxes that are scored: average precision ranks them, so the weak ones count too
 
 
@@ -74,8 +74,8 @@ class Detection(Problem):
             own = own[own[:, 5] == 0]
             own[:, 4] = np.arange(len(own))
             seen = set()
-            for level, (rows, columns) in enumerate(boxes.sizes(entry.height, entry.width)):
-                seen.update(np.unique(boxloss.targets(level, 0, 0, rows, columns, own)[0]).tolist())
+            for level, cells, _size in boxloss.windows(entry.height, entry.width):
+                seen.update(np.unique(boxloss.targets(level, *cells, truth=own)[0]).tolist())
             looked_at, lost = looked_at + len(own), lost + len(own) - len(seen - {boxloss.NOTHING})
         if lost > LOST * looked_at:
             say("warning: no cell stands for %d of %d boxes of the first %d images at --res %d: they are too small, too thin or hidden behind "

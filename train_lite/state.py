@@ -169,4 +169,5 @@ def _read_pth(path, allow_pickle):
     try:
         return torch.load(path, map_location="cpu", **({"weights_only": True} if safe else {}))
     except Exception as exc:  # whatever a hostile or damaged pickle raises
-        raise BadFile("cannot read the weights %s: %s" % (path, str(exc).splitlines()[0])) from exc
+        raise BadFile("cannot read the weights %s: %s: %s. Expected a file that torch.save wrote"
+                      % (path, type(exc).__name__, (str(exc).splitlines() or [""])[0])) from exc
