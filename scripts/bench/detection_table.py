@@ -70,7 +70,7 @@ def main():
         epochs = times * given.epochs
         done = [summary(os.path.join(given.work, "runs"), "%s-%d" % (row, seed), ["--data", data, "--epochs", epochs, "--validate-every", epochs // 4,
                                                                                 "--seed", seed] + words + shared) for seed in range(given.seeds)]
-        means = [100 * np.mean([one["val"][name] for one in done]) for name in COLUMNS]
+        means = [100 * np.mean([np.nan if one["val"][name] is None else one["val"][name] for one in done]) for name in COLUMNS]
         print("| %s | %s | %.0f | %.1f |" % (row, " | ".join("%.1f" % mean for mean in means), np.mean([one["peak_mib"] for one in done]),
                                              np.mean([one["seconds"] for one in done]) / 60))
         sys.stdout.flush()
