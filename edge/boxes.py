@@ -10,7 +10,7 @@ import numpy as np
 from edge import images, tiles
 from edge.errors import BadFile
 from edge.geometry import bilinear_matrix
-from edge.scores import Host
+from edge.scores import Host, encoded, encoded_overview
 
 STRIDES = (8, 16, 32, 64, 128)  # px between the cells of a level; a tile's side is a multiple of the last
 CELLS = 32                      # of a level, that the head computes at a time, each way
@@ -71,24 +71,16 @@ def windows(picture, recipe, encode, head, lap=lambda stage: None, pixels=None):
     pixels = pixels or Host()
     lap = pixels.timed(lap)
     view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
-
-    def features(source, places):
-        ready = pixels.prepared(source, places, recipe)
-        lap("prepare")
-        found = np.array(encode(ready)[:len(places)])  # a backend of a fixed batch gives more than there are tiles
-        lap("run")
-        return found
-
     overview = None
     if recipe.overview:
-        side = recipe.overview
-        overview = [part[0] for part in split(features(pixels.fitted(view, side, side), [(0, 0, side, side)]), side)]
+        overview = [part[0] for part in split(encoded_overview(view, recipe, encode, lap, pixels), recipe.overview)]
     laid = layout(view.height, view.width, recipe.tile)
     levels = [Level(*size) for size in sizes(view.height, view.width)]
     for y in laid.ys:
         row = [(y, x, y + recipe.tile, x + recipe.tile) for x in laid.xs]
         for first in range(0, len(row), recipe.batch):
-            for level, part in zip(levels, split(features(view, row[first:first + recipe.batch]), recipe.tile)):
+            found = encoded(view, row[first:first + recipe.batch], recipe, encode, lap, pixels)
+            for level, part in zip(levels, split(found, recipe.tile)):
                 level.add(part, first)
         for index, level in enumerate(levels):
             for y0, x0, cells, inside in level.ready():
@@ -196,13 +188,19 @@ def apart(boxes, overlap, most):
     while len(left) and len(kept) < most:
         kept.append(left[0])
         left = left[1:]
-        left = left[(left[:, 5] != kept[-1][5]) | (iou(kept[-1][None, :4], left[:, :4])[0] <= overlap)]
+        left = left[(left[:, 5] != kept[-1][5]) | (iou(kept[-1][None], left)[0] <= overlap)]
     return np.array(kept).reshape(-1, 6)
 
 
-def iou(some, others):
-    """IoU of boxes (n, 4) and (m, 4): (n, m)."""
-    corner = np.minimum(some[:, None, 2:], others[:, 2:]) - np.maximum(some[:, None, :2], others[:, :2])
-    common = np.prod(np.maximum(corner, 0), axis=2)
-    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (some, others)]
-    return common / np.maximum(areas[0][:, None] + areas[1] - common, 1e-12)
+def iou(found, others, crowd=False):
+    """IoU of boxes (m, 4 or more) and (n, 4 or more): (m, n). crowd, (n,) bool: with these, the shared area over that of the found
+    box (0 where nothing is shared)."""
+    sides = np.minimum(found[:, None, 2:4], others[:, 2:4]) - np.maximum(found[:, None, :2], others[:, :2])
+    shared, own = sides.clip(0).prod(axis=2), areas(found)[:, None]
+    both = np.where(crowd, own, own + areas(others) - shared)
+    return np.divide(shared, both, out=np.zeros_like(shared), where=shared > 0)
+
+
+def areas(boxes):
+    """(n,) of boxes (n, 4 or more)."""
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -65,6 +65,21 @@ def _tile_scores(view, boxes, recipe, overview, score, lap, pixels):
             yield one
 
 
+def encoded(view, boxes, recipe, encode, lap, pixels):
+    """What encode(pixels (n, 3, p, p)) -> (n or more, ...) gives of the windows `boxes` (n, 4) of a picture, a copy: (n, ...)."""
+    ready = pixels.prepared(view, boxes, recipe)
+    lap("prepare")
+    found = np.array(encode(ready)[:len(boxes)])  # a backend of a fixed batch gives more than there are boxes
+    lap("run")
+    return found
+
+
+def encoded_overview(view, recipe, encode, lap, pixels):
+    """encoded() of the global patch: (1, ...)."""
+    side = recipe.overview
+    return encoded(pixels.fitted(view, side, side), [(0, 0, side, side)], recipe, encode, lap, pixels)
+
+
 def grid(recipe):
     """(rows, cols) of the tiles of every picture, for nets that read them as a grid."""
     return (len(tiles.plan(recipe.resize_px, recipe.resize_px, recipe.tile).ys),) * 2
@@ -78,19 +93,10 @@ def grid_scores(picture, recipe, encode, head, lap=lambda stage: None, pixels=No
     pixels = pixels or Host()
     lap = pixels.timed(lap)
     view = pixels.fitted(picture, recipe.resize_px, recipe.resize_px)
-
-    def vectors(source, boxes):
-        ready = pixels.prepared(source, boxes, recipe)
-        lap("prepare")
-        found = np.array(encode(ready)[:len(boxes)])  # a backend of a fixed batch gives more than there are boxes
-        lap("run")
-        return found
-
     boxes = tiles.plan(view.height, view.width, recipe.tile).boxes()
-    cells = np.concatenate([vectors(view, boxes[i:i + recipe.batch]) for i in range(0, len(boxes), recipe.batch)])
-    g = None
-    if recipe.overview:
-        g = vectors(pixels.fitted(view, recipe.overview, recipe.overview), [(0, 0, recipe.overview, recipe.overview)])
+    cells = np.concatenate([encoded(view, boxes[i:i + recipe.batch], recipe, encode, lap, pixels)
+                            for i in range(0, len(boxes), recipe.batch)])
+    g = encoded_overview(view, recipe, encode, lap, pixels) if recipe.overview else None
     scores = head(np.ascontiguousarray(cells.T.reshape((1, -1) + grid(recipe))), g)
     lap("run")
     return scores[0]

@@ -19,37 +19,15 @@ OPSET = 13      # the last that TensorRT 8.2 documents
 IR_VERSION = 8  # the newest that ONNX Runtime 1.10 reads
 
 
-class Head(nn.Module):
-    """theta 2 with the interpolation of the global feature as two matrix products: no Resize, no GridSample."""
+class Part(nn.Module):
+    """A method of a net as a graph of its own: function(inputs) of `net`."""
 
-    def __init__(self, net):
+    def __init__(self, net, function):
         super().__init__()
-        self.net = net
+        self.net, self._function = net, function
 
-    def forward(self, features, overview, rows, cols):
-        return self.net.score(features, overview, rows, cols)
-
-
-class GridHead(nn.Module):
-    """What reads a grid of patches."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, cells, overview=None):
-        return self.net.head(cells, overview)
-
-
-class BoxHead(nn.Module):
-    """What reads a window of an image's cells, and those of the global patch at the same places."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, cells, inside, context=None):
-        return self.net.head(cells, context, inside)
+    def forward(self, *inputs):
+        return self._function(*inputs)
 
 
 def pipeline_of(config, fusion):
@@ -80,18 +58,20 @@ def stages(net, pipeline, recipe):
         given = {"cells": torch.zeros((1, net.features) + scores.grid(recipe))}
         if recipe.overview:
             given["overview"] = torch.zeros(1, net.features)
-        return [("encoder", net.encoder, {"pixels": pixels}, "features"), ("head", GridHead(net), given, "scores")]
+        return [("encoder", net.encoder, {"pixels": pixels}, "features"),
+                ("head", Part(net, lambda cells, overview=None: net.head(cells, overview)), given, "scores")]
     if pipeline == "boxes":
         window = torch.zeros(1, net.channels, boxes.WINDOW, boxes.WINDOW)
         given = {"cells": window, "inside": window[:, :1]}
         if recipe.overview:
             given["context"] = window.clone()
-        return [("encoder", net.encoder, {"pixels": pixels}, "features"), ("head", BoxHead(net), given, "scores")]
+        return [("encoder", net.encoder, {"pixels": pixels}, "features"),
+                ("head", Part(net, lambda cells, inside, context=None: net.head(cells, context, inside)), given, "scores")]
     if pipeline != "patch":
         return [("net", net, {"pixels": pixels}, "scores")]
     features, spread = torch.zeros(batch, FEATURES, tile, tile), torch.zeros(batch, tile, tile)
     return [("encoder", net.encoder, {"pixels": pixels}, "features"),
-            ("head", Head(net), {"features": features, "overview": torch.zeros(1, FEATURES, tile, tile),
+            ("head", Part(net, net.score), {"features": features, "overview": torch.zeros(1, FEATURES, tile, tile),
                                  "rows": spread, "cols": spread}, "scores")]
 
 

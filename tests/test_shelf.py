@@ -514,13 +514,13 @@ class Service:
         """Seconds until what() is true."""
         began_s = time.monotonic()
         while not what():
-            assert time.monotonic() - began_s < limit_s and self._thread.is_alive(), self.said()
+            assert time.monotonic() - began_s < limit_s and self._thread.is_alive(), self.said()[-4000:]
             time.sleep(0.02)
         return time.monotonic() - began_s
 
     def said(self):
         names = sorted(name for name in os.listdir(self._work) if name.endswith("err"))
-        return "".join(open(os.path.join(self._work, name)).read()[-2000:] for name in names)
+        return "".join(open(os.path.join(self._work, name)).read() for name in names)
 
     def stop(self):
         """End it as systemd does. Returns the lines of results, start by start."""

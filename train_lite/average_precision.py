@@ -3,6 +3,8 @@ Visual Object Classes (VOC) Challenge', Everingham et al., IJCV 2010, section 4.
 rules decide where the definition is silent: both ends of a range of sizes belong to it, and of equal overlaps the last wins."""
 import numpy as np
 
+from edge.boxes import areas, iou
+
 OVERLAPS = np.linspace(0.5, 0.95, 10)  # least IoU of a match
 RECALLS = np.linspace(0, 1, 101)
 SIZES = np.array([(0, 1e5), (0, 32), (32, 96), (96, 1e5)]) ** 2  # px^2, from and to: all, small, medium, large
@@ -31,23 +33,10 @@ def evaluate(truth, found, classes, limit=100):
             "ar": _mean(recall[0]), "per_class_ap": precision[0].mean(axis=0).tolist()}
 
 
-def iou(found, boxes, crowd):
-    """found (m, 4 or more), boxes (n, 4 or more): x0, y0, x1, y1; crowd (n,) bool -> (m, n): the shared area over the area of
-    both, with a crowd over that of the found box."""
-    sides = np.minimum(found[:, None, 2:4], boxes[:, 2:4]) - np.maximum(found[:, None, :2], boxes[:, :2])
-    shared, own = sides.clip(0).prod(axis=2), _areas(found)[:, None]
-    both = np.where(crowd, own, own + _areas(boxes) - shared)
-    return np.divide(shared, both, out=np.zeros_like(shared), where=shared > 0)
-
-
-def _areas(boxes):
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
 def _outside(boxes):
     """(sizes, n) bool: not of that range."""
-    areas = _areas(boxes)
-    return (areas < SIZES[:, :1]) | (areas > SIZES[:, 1:])
+    sizes = areas(boxes)
+    return (sizes < SIZES[:, :1]) | (sizes > SIZES[:, 1:])
 
 
 def _judged(boxes, found):

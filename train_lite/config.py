@@ -279,6 +279,12 @@ def patch_step(model):
     return LAST_STRIDE if task_of(model) == "detection" else 16
 
 
+def whole_side(model, longest):
+    """px of the square tile that holds a whole image whose longer side is `longest`."""
+    step = patch_step(model)
+    return -(-longest // step) * step
+
+
 def micro_batch(config):
     return config.micro_batch or max(1, min(8, 64 // config.width))
 

@@ -80,8 +80,11 @@ def end_epoch(problem, run, state, started):
            "lr": problem.learning_rate(state.step, state.frozen_at)}
     state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0.0
     last, result, text = state.epoch == config.epochs, None, ""
+    due = problem.val and validation_due(config, state.epoch)
+    if due or last:
+        state.measure_norms(problem)
     phases.mark("validate")
-    if problem.val and validation_due(config, state.epoch):
+    if due:
         result = problem.evaluate(state.net, problem.val, final=last and not problem.test)
         row.update(problem.row(result))
         text = "  val " + problem.line(row)

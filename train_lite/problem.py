@@ -3,7 +3,7 @@ import numpy as np
 import torch
 
 from train_lite import evaluate
-from train_lite.config import micro_batch, mode_settings, patch_step, task_of
+from train_lite.config import micro_batch, mode_settings, task_of, whole_side
 from train_lite.gradient import Gradient
 from train_lite.patches import View
 
@@ -29,13 +29,16 @@ class Problem:
     A task adds: find(config, data) -> (pairs, classes), check(config, train), build(config, outputs, kind), all static; views_to_batch,
     objective, calibrate, evaluate, row, line, describe, draw; and COLUMNS, CURVES, SCORE of metrics.csv."""
 
+    view = View
+    turns = range(8)  # of View: how training images may be turned
+    scores_pixels = True  # of images at --res, whatever size the net was trained at
+
     def __init__(self, config, classes, train, val, test, device):
         self.config, self.classes, self.device = config, classes, device
         self.train, self.val, self.test = train, val, test
         self.settings = mode_settings(config)
         longest = max(max(s.height, s.width) for s in train)
-        step = patch_step(config.model)
-        self.tile = self.settings.tile or max(self.settings.task or (-(-longest // step) * step,))
+        self.tile = self.settings.tile or max(self.settings.task or (whole_side(config.model, longest),))
         self.side = self.tile if self.settings.fusion != "none" else 0
         self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(config))
         self.batches = -(-len(train) // config.batch)
@@ -58,10 +61,6 @@ class Problem:
         """How it is trained, in one line."""
         return "mode %s, %s gradient, global patch %s, patch %d px" % (
             self.config.mode, self.settings.gradient, self.settings.fusion, self.tile)
-
-    view = View
-    turns = range(8)  # of View: how training images may be turned
-    scores_pixels = True  # of images at --res, whatever size the net was trained at
 
     def batch(self, epoch, number):
         """Batch `number` of an epoch, and the generator for everything random in it: functions of the seed."""

@@ -11,7 +11,7 @@ from edge.optional import need
 from jetson import phases
 from jetson.memory import peak_rss_mib
 from train_lite import checkpoint, demo, store
-from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings, patch_step
+from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings, whole_side
 from train_lite.runfolder import RunFolder
 
 OWN_WORDS = ("--resume", "--json", "--debug", "--smaller")  # of a command that goes on with a run
@@ -102,8 +102,7 @@ def _plan(config, pairs, classes, device):
     headers = [header for header in headers if header]
     settings = mode_settings(config)
     fitted = [fitted_size(h, w, settings.resize, settings.resize_px) for h, w, _bands in headers]
-    step = patch_step(config.model)
-    whole = settings.task or (-(-max(max(size) for size in fitted) // step) * step,) * 2
+    whole = settings.task or (whole_side(config.model, max(map(max, fitted))),) * 2
     tile_px = 0 if settings.tile else whole[0] * whole[1]
     notches, allowed = plan.ladder(config, device), plan.budget(config.budget, device)
     predicted = plan.estimates(config, classes.outputs, tile_px, headers, device)

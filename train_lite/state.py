@@ -15,6 +15,8 @@ from train_lite.models.recompute import recompute
 from train_lite.optimizer import Optimizer
 from train_lite.problem import task
 
+MEASURED_IMAGES = 64  # for the statistics of batch norms
+
 
 class State:
     """Net, optimizer moments, scale of the loss, position, best score."""
@@ -79,6 +81,19 @@ class State:
         self.frozen_at, self.best = self.step, -1.0
         self.optimizer = self._new_optimizer(problem.config)
         say("step %d: %d norms are frozen; they fold into the convolutions at export" % (self.step, len(names)))
+
+    def measure_norms(self, problem):
+        """Statistics of batch norms for a net that is not trained further: those of images as training sees them."""
+        def forward():
+            gradient = problem.gradient(self)
+            for number in range(min(problem.batches, -(-MEASURED_IMAGES // problem.config.batch))):
+                for _loss in gradient.rounds(*problem.batch(self.epoch, number)):
+                    pass
+            for parameter in self.net.parameters():
+                parameter.grad = None
+
+        self.net.train()
+        norm.measure(self.net, forward)
 
 
 def _demand_classes(problem, meta, path):

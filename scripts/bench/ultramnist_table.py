@@ -3,7 +3,8 @@
     python scripts/bench/ultramnist_table.py --mnist FOLDER --work FOLDER [--train 300] [--test 200] [--sums 3] [--epochs 12]
         [--seeds 3] [--width 8] [--model mobilenetv2] [--head small] [--norm batch] [--batch 8] [--rows full,patchgd,ours]
 
-Patches of 256 px (four of them), one drawn per image and inner iteration (25 %), three inner iterations, batch norm as published. Scored is the last epoch's net on the test digits: nothing is chosen on the test images."""
+Patches of 256 px (four of them), one drawn per image and inner iteration (25 %), three inner iterations, batch norm as published.
+Scored is the last epoch's net on the test digits: nothing is chosen on the test images."""
 import argparse
 import os
 import subprocess
@@ -37,9 +38,11 @@ def main():
         found = []
         for seed in range(given.seeds):
             done = summary(os.path.join(given.work, "runs"), "%s-%d" % (row, seed), [
-                "--data", data, "--val-share", 0, "--model", given.model, "--head", given.head, "--width", given.width, "--res", 512, "--patch", 256,
-                "--patches", 1, "--inner", 3, "--batch", given.batch, "--no-augment", "--epochs", given.epochs, "--seed", seed, "--threads", 1, "--norm", given.norm] + ROWS[row])
-            found.append([100 * done["test"]["accuracy"], done["test"]["kappa"], done["test"]["val_loss"], done["peak_mib"], done["seconds"] / 60])
+                "--data", data, "--val-share", 0, "--model", given.model, "--head", given.head, "--width", given.width, "--norm", given.norm,
+                "--res", 512, "--patch", 256, "--patches", 1, "--inner", 3, "--batch", given.batch, "--no-augment",
+                "--epochs", given.epochs, "--seed", seed, "--threads", 1] + ROWS[row])
+            test = done["test"]
+            found.append([100 * test["accuracy"], test["kappa"], test["val_loss"], done["peak_mib"], done["seconds"] / 60])
         means, spreads = np.mean(found, axis=0), np.std(found, axis=0)
         print("| %s | %.1f ± %.1f | %.2f ± %.2f | %.2f ± %.2f | %.0f | %.1f |" % (
             row, means[0], spreads[0], means[1], spreads[1], means[2], spreads[2], means[3], means[4]))

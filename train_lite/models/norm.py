@@ -102,14 +102,11 @@ def freeze_first(net, forward):
     patches (docs/method.md, section 3).
 
     forward(): runs calibration patches through `net`, chunk by chunk; called once, without grad. Returns its name."""
-    sums, hooks = {}, []  # sums: name of the first -> (3, groups): sum, sum of squares, count
+    sums, hooks = {}, []
 
     def add(name, norm, x):
-        if sums and name not in sums:
-            return  # only the first to be reached is replaced now
-        x = x.reshape(x.shape[0], norm.num_groups, -1).double()
-        count = torch.full_like(x[0, :, 0], x.shape[0] * x.shape[2])
-        sums[name] = sums.get(name, 0) + torch.stack([x.sum(dim=(0, 2)), (x * x).sum(dim=(0, 2)), count])
+        if not sums or name in sums:  # only the first to be reached is replaced now
+            _add_moments(sums, name, x, norm.num_groups)
 
     for name in group_norms(net):
         hooks.append(net.get_submodule(name).register_forward_pre_hook(
@@ -118,14 +115,46 @@ def freeze_first(net, forward):
         forward()
         for hook in hooks:
             hook.remove()
-        (first, (total, squares, count)), = sums.items()
-        mean = total / count
-        var = (squares / count - mean * mean).clamp(min=0)
+        (first, sums), = sums.items()
+        mean, var = _moments(sums)
         new, = put_frozen(net, [first])
         per_group = len(new.weight) // len(mean)
         new.running_mean.copy_(mean.repeat_interleave(per_group))
         new.running_var.copy_(var.repeat_interleave(per_group))
     return first
+
+
+def measure(net, forward):
+    """Set the running statistics of the batch norms of `net` to those of all that forward() runs through them ('Rethinking "Batch"
+    in BatchNorm', Wu & Johnson 2021, arXiv 2105.07576, section 3): moving averages are of few batches and of older weights.
+
+    forward(): called once, and only if there are batch norms."""
+    sums = {}
+    norms = [module for module in net.modules() if isinstance(module, BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda norm, args: _add_moments(sums, norm, args[0].detach(), args[0].shape[1]))
+             for norm in norms]
+    if norms:
+        forward()
+    for hook in hooks:
+        hook.remove()
+    for norm, of_norm in sums.items():
+        mean, var = _moments(of_norm)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+
+
+def _add_moments(sums, key, x, groups):
+    """Add the sum, the sum of squares and the count of each group of channels of x (B, C, ...) to sums[key], (3, groups) float64."""
+    x = x.reshape(x.shape[0], groups, -1)
+    var, mean = (values.double() for values in torch.var_mean(x, dim=(0, 2), unbiased=False))  # no copy of x in float64
+    sums[key] = sums.get(key, 0) + torch.stack([mean, var + mean * mean, torch.ones_like(mean)]) * (x.numel() // groups)
+
+
+def _moments(sums):
+    """Mean and variance, (groups,) each."""
+    total, squares, count = sums
+    mean = total / count
+    return mean, (squares / count - mean * mean).clamp(min=0)
 
 
 def put_frozen(net, names):
