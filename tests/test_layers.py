@@ -6,7 +6,7 @@ import pytest
 
 from conftest import ROOT
 
-FLOOR = {"edge." + name for name in ("boxes", "command", "contract", "errors", "geometry", "images", "optional", "schema", "scores",
+FLOOR = {"edge." + name for name in ("boxes", "command", "contract", "errors", "geometry", "glnet", "images", "optional", "schema", "scores",
                                      "tiles", "warp.path", "warp.pictures", "warp.reference")}
 OWN = ("jetson", "edge", "train_lite", "export")
 ALLOWED = {"jetson": {"jetson", "edge.command", "edge.errors"},  # how every command behaves

@@ -28,7 +28,7 @@ def main(argv):
         pid, code = _run(words)
         if code not in (RETRY_SMALLER, -signal.SIGKILL):
             return code if code >= 0 else 128 - code
-        folder = folder or _folder_of(config.out, pid)
+        folder = _folder_of(config.out, pid) or folder
         short = code == RETRY_SMALLER or not kills or oom_kills() != kills
         saved = _saved(folder)
         fruitless, progress = fruitless + 1 if saved == progress else 1, saved

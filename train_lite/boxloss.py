@@ -94,6 +94,7 @@ class BoxLoss:
 
 class BoxTable:
     """The Fields of a batch, PatchGD's Z, as last computed, and what the head asks of them. Stale cells keep their features."""
+    ready = False
 
     def __init__(self, batch):
         self._views, self._truth, self._device = batch.views, batch.truth(), batch.device

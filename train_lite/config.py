@@ -7,7 +7,8 @@ from edge.errors import UsageError
 SUPERVISOR_MIB = 14  # what the supervisor holds beside the training
 CLASSIFIERS = ("resnet50", "mobilenetv2")
 DETECTORS = ("fcos-resnet50", "fcos-mobilenetv2")
-LAST_STRIDE = 128  # px between the cells of a detector's last level
+GLNETS = ("glnet", "glnet-mobilenetv2")
+LAST_STRIDE = {"detection": 128, "glnet": 32}  # px between the cells of a net's last level; 16 of others
 RETRY_SMALLER = 75  # exit code between train_lite.run and its supervisor: out of memory, go on one notch smaller
 
 
@@ -42,6 +43,12 @@ class TrainConfig(NamedTuple):
     fill: str = "sample"
     overlap: int = 32
     max_boxes: int = 100
+    # of GLNet
+    stage: str = "123"
+    base: str = ""
+    focal: float = 3.0
+    feature: float = 0.15
+    coarse: float = 0.0
     # learned down-sampling, in the place of patches
     sampler: str = "none"
     task_size: str = "256x256"
@@ -96,8 +103,8 @@ HELPS = {
     "cache": "folder of the tile store; none given: .nanopatch in the data folder, or in the user's cache",
     "cache_gb": "GB that the tile store may take; the oldest sets go first",
     "demo_images": "images in the demo set; 0: as many as fit the size, 16 at 1024 px",
-    "model": "net of the encoder: unet and deeplabv3 give every pixel a class, resnet50 and mobilenetv2 every image, fcos-resnet50 and "
-             "fcos-mobilenetv2 find boxes",
+    "model": "net of the encoder: unet and deeplabv3 give every pixel a class, glnet (of ResNet50) and glnet-mobilenetv2 too, by two nets "
+             "that see each other; resnet50 and mobilenetv2 every image; fcos-resnet50 and fcos-mobilenetv2 find boxes",
     "head": "classification, what reads the grid of patches: small, or PatchGD's published one",
     "width": "channels of the net's first level; published: 64, mobilenetv2 32",
     "norm": "normalisation: group (exact gradients), batch, frozen (fixed statistics, measured before the first step)",
@@ -114,6 +121,13 @@ HELPS = {
     "fill": "sampled, where the Dice sums come from: sample (the patches drawn), image (every patch, as published)",
     "overlap": "px shared by neighbouring tiles when predicting",
     "max_boxes": "detection, most boxes of an image, and of a class when scored; 100 is COCO's, a canvas of 36 images holds about 260",
+    "stage": "glnet, what is trained, one after another, --epochs each: 1 a net of whole images, 2 one of tiles that sees the first's maps, "
+             "3 one of whole images that sees the tiles'",
+    "base": "glnet, run folder of the stage before, for a --stage that begins with 2 or 3",
+    "focal": "glnet, exponent of the focal loss; 0: cross-entropy",
+    "feature": "glnet, stage 2: weight of the difference between what tiles and whole images see",
+    "coarse": "glnet, of one class: tiles where whole images give foreground less than this probability everywhere are not worked on; "
+              "0: every tile is",
     "sampler": "the net sees the whole image at --task-size, sampled: deform (by a density trained with the net), uniform, edge (by a "
                "density that learns label edges), edge-oracle (by the label edges themselves), marin (8x8 nodes drawn to label edges, Marin 2019). none: patches",
     "task_size": "WIDTHxHEIGHT px that the net sees, multiples of 16",
@@ -157,7 +171,8 @@ HELPS = {
 
 CHOICES = {
     "fit": ["long", "stretch", "none"],
-    "model": ["unet", "deeplabv3"] + list(CLASSIFIERS + DETECTORS),
+    "model": ["unet", "deeplabv3"] + list(GLNETS + CLASSIFIERS + DETECTORS),
+    "stage": ["123", "12", "23", "1", "2", "3"],
     "head": ["small", "patchgd"],
     "norm": ["group", "batch", "frozen"],
     "mode": ["patch", "full", "down", "tiled"],
@@ -177,18 +192,18 @@ def check(config):
     least = {"res": 16, "classes": 1, "width": 4, "patch": 16, "patches": 1, "inner": 1, "overlap": 0, "epochs": 0,
              "batch": 1, "accumulation": 1, "micro_batch": 0, "lr": 0.0, "clip": 0.0, "dice": 0.0, "cache_gb": 0.001,
              "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "smaller": 0, "weight_decay": 0.0,
-             "density": 8, "deform_width": 4, "gamma": -1.0, "max_boxes": 1}
+             "density": 8, "deform_width": 4, "gamma": -1.0, "max_boxes": 1, "focal": 0.0, "feature": 0.0}
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UsageError("--%s is %s, expected %s or more" % (name.replace("_", "-"), getattr(config, name), value))
     for name, low, high in (("val_share", 0.0, 0.9), ("freeze_at", 0.0, 1.0), ("beta2", 0.0, 0.99999), ("warm_up", 0.0, 1.0),
-                            ("radius", 0.01, 1.0), ("gamma_power", 0.0, 9.0), ("shrink", 0.0, 1.0)):
+                            ("radius", 0.01, 1.0), ("gamma_power", 0.0, 9.0), ("shrink", 0.0, 1.0), ("coarse", 0.0, 0.5)):
         if not low <= getattr(config, name) <= high:
             raise UsageError("--%s is %s, expected %s to %s" % (name.replace("_", "-"), getattr(config, name), low, high))
     step = patch_step(config.model)
     if config.patch % step:
         raise UsageError("--patch is %d; the nets halve it %s times: take a multiple of %d, such as %d"
-                         % (config.patch, "seven" if step == LAST_STRIDE else "four", step, max(step, config.patch // step * step)))
+                         % (config.patch, {16: "four", 32: "five", 128: "seven"}[step], step, max(step, config.patch // step * step)))
     if config.overlap >= config.patch and task_of(config.model) == "segmentation":
         raise UsageError("--overlap is %d, expected less than --patch, %d" % (config.overlap, config.patch))
     if config.width % 4:
@@ -201,12 +216,19 @@ def check(config):
         raise UsageError("--density is %d, expected 512 or less: it says where to look, not what is there" % config.density)
     if config.sampler != "none":
         task_size(config)
-        if task_of(config.model) != "segmentation":
+        if task_of(config.model) != "segmentation" or config.model in GLNETS:
             raise UsageError("--sampler %s and --model %s: samplers are for nets that give every pixel a class, unet and deeplabv3"
                              % (config.sampler, config.model))
         if config.mode != "patch":
             raise UsageError("--sampler %s and --mode %s: a sampler takes the place of patches; leave one out"
                              % (config.sampler, config.mode))
+    if config.model not in GLNETS and (config.stage, config.base, config.coarse) != ("123", "", 0.0):
+        raise UsageError("--stage, --base and --coarse are for --model %s; this one is %s. Leave them out" % (" and ".join(GLNETS), config.model))
+    if config.model in GLNETS and config.mode == "full":
+        raise UsageError("--mode full and --model %s: its two baselines are --mode down, whole images, and --mode tiled, tiles" % config.model)
+    if config.model in GLNETS and stage(config) > 1 and not config.base:
+        raise UsageError("--stage %s begins with the net of stage %d: name its run folder, --base runs/train/NAME, or train all of "
+                         "them, --stage 123" % (config.stage, stage(config) - 1))
     if config.recompute and config.norm == "batch":
         raise UsageError("--recompute and --norm batch: its statistics would count every patch twice; leave one out")
     if config.classes > 250:
@@ -262,6 +284,11 @@ def mode_settings(config):
         "tiled": ModeSettings(config.fit, config.res, config.patch, "none", "sampled", "sample", config.overlap),
         "patch": ModeSettings(config.fit, config.res, config.patch, config.global_patch, config.gradient, config.fill,
                               config.overlap)}[config.mode]._replace(again=config.draw == "again")
+    if config.model in GLNETS:
+        if config.mode == "patch":  # stage 1 sees whole images, of a tile's size
+            settings = settings._replace(fusion="maps", overlap=config.overlap) if stage(config) > 1 else settings._replace(
+                resize="stretch", resize_px=config.patch, fusion="none", overlap=0)
+        return settings._replace(gradient="exact", fill="image")
     if task_of(config.model) == "classification":  # one grid for all images, whole from the start: PatchGD's Z
         return settings._replace(resize="none" if config.fit == "none" else "stretch", fill="image", overlap=0)
     if task_of(config.model) == "detection":  # the head looks across patches: all of Z is there from the start
@@ -276,7 +303,12 @@ def task_of(model):
 
 def patch_step(model):
     """px of which the side of a patch is a multiple."""
-    return LAST_STRIDE if task_of(model) == "detection" else 16
+    return LAST_STRIDE.get("glnet" if model in GLNETS else task_of(model), 16)
+
+
+def stage(config):
+    """1, 2 or 3: the stage of a GLNet that is trained now; its baselines are of the first."""
+    return int(config.stage[0]) if config.mode == "patch" else 1
 
 
 def whole_side(model, longest):

@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-from edge import scores
+from edge import glnet, scores
 from edge.command import say
 from edge.warp import path, reference
 from train_lite import marin, metrics
@@ -51,6 +51,35 @@ def through(part, device, *arrays):
         return part(*[None if array is None else torch.from_numpy(array).to(device) for array in arrays]).cpu().numpy()
 
 
+class Branches:
+    """A GLNet as edge.glnet.score_bands takes it."""
+
+    def __init__(self, net, device):
+        self._net, self._device = net.eval(), device
+
+    def _through(self, part, *given):
+        with torch.no_grad():
+            return part(*[torch.from_numpy(np.ascontiguousarray(one)).to(self._device) if isinstance(one, np.ndarray) else one for one in given])
+
+    def look(self, pixels):
+        maps, deep, rough = self._through(self._net.look, pixels)
+        return maps, deep, rough.cpu().numpy()
+
+    def work(self, *given):
+        return self._through(self._net.work, *given)
+
+    def merge(self, pixels, maps, *rest):
+        merged = torch.zeros_like(maps) if rest[-1] is None else rest[-1]
+        part, merged = self._through(self._net.merge, pixels, maps, *rest[:-1] + (merged,))
+        return part.cpu().numpy(), merged
+
+    def deepen(self, *given):
+        return self._through(self._net.deepen, *given)
+
+    def fuse(self, *given):
+        return self._through(self._net.fuse_large, *given).cpu().numpy()
+
+
 def warp_functions(net, sampler, stored, device):
     """A WarpNet as the two functions (logits_of, score) that edge.warp.path takes, for the image `stored`."""
     net.eval()
@@ -86,13 +115,16 @@ class Seen(path.WarpHost):
 
 
 def predict(net, stored, how, device):
-    """A Stored through `net`. how: a Recipe, or a deform.Sampler. Returns (bands, seen): bands yields (y0, class ids (h, W)
+    """A Stored through `net`. how: a Recipe, of edge.scores or edge.glnet, or a deform.Sampler. Returns (bands, seen): bands yields (y0, class ids (h, W)
     uint8) for all rows, from the top; seen: the Seen of a Sampler, None of a Recipe."""
     if isinstance(how, Sampler):
         seen, place = Seen(), _nodes if how.kind == "marin" else path.by_density
         logits_of, score = warp_functions(net, how, stored, device)
         return path.label_bands(stored.picture, how.recipe, logits_of, score, pixels=seen, place=place), seen
-    bands = scores.score_bands(stored.picture, how, *torch_functions(net, device))
+    if isinstance(how, glnet.Recipe):
+        bands = glnet.score_bands(stored.picture, how, Branches(net, device))
+    else:
+        bands = scores.score_bands(stored.picture, how, *torch_functions(net, device))
     return ((y0, scores.labels_of(band)) for y0, band in bands), None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from jetson import phases
-from train_lite.half import LossScale, apply
+from train_lite.half import LossScale
 from train_lite.models.norm import set_updating
 from train_lite.optimizer import SLAB
 from train_lite.patches import draw
@@ -57,7 +57,7 @@ class Gradient:
     def _encode_overviews(self, batch, seed, which):
         """Global features of the images `which`, a list of int, of a batch."""
         torch.manual_seed(seed)
-        return apply(self.net.encoder, self.loss_scale.half, batch.overviews(which))
+        return batch.encoded(self.net, self.loss_scale.half, which)
 
     def _features(self, batch, seed):
         """Global features of all images of a batch (B, ...), without graph; None when the net takes none."""
@@ -83,7 +83,7 @@ class Gradient:
         times the weight of the first contribution, such as its number of pixels, so that they are of order 1 (a mean over
         67 million pixels has gradients that are denormal in float32); finish() divides. Returns L."""
         chunks = self._chunks(picks)
-        if len(chunks) > 1 and not filled:
+        if len(chunks) > 1 and not filled and not table.ready:
             self.fill(batch, picks, table, seed)
         phases.mark("pass 2")
         set_updating(self.net, len(chunks) == 1)
@@ -92,7 +92,7 @@ class Gradient:
             leaf.requires_grad_()
         for number, part in enumerate(chunks):
             kept = self._kept(batch, part, leaf, seed + 1 + number)
-            if len(chunks) == 1:
+            if len(chunks) == 1 or table.ready:
                 table.put(part, kept)
             if number == 0:  # all is in the table
                 weight = table.weight()

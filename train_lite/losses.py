@@ -32,16 +32,12 @@ class SegmentationLoss:
         ids = torch.where(valid, labels, torch.zeros_like(labels)).long()
         weight = valid.to(logits.dtype)
         if self.outputs == 1:
-            truth = ids.to(logits.dtype).unsqueeze(1)
-            entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")[:, 0]
-            share = torch.sigmoid(logits)
+            truth, share = ids.to(logits.dtype).unsqueeze(1), torch.sigmoid(logits)
         else:
-            truth = F.one_hot(ids, self.outputs).permute(0, 3, 1, 2).to(logits.dtype)
-            entropy = F.cross_entropy(logits, ids, reduction="none")
-            share = torch.softmax(logits, dim=1)
+            truth, share = F.one_hot(ids, self.outputs).permute(0, 3, 1, 2).to(logits.dtype), torch.softmax(logits, dim=1)
         weight4 = weight.unsqueeze(1)
         share, truth = share * weight4, truth * weight4
-        columns = [(entropy * weight).sum((1, 2)).unsqueeze(1), weight.sum((1, 2)).unsqueeze(1),
+        columns = [(entropy(logits, ids) * weight).sum((1, 2)).unsqueeze(1), weight.sum((1, 2)).unsqueeze(1),
                    (share * truth).sum((2, 3)), share.sum((2, 3)), truth.sum((2, 3))]
         return torch.cat([column.double() for column in columns], dim=1)
 
@@ -66,10 +62,18 @@ class SegmentationLoss:
         return part[0] + pixels * self.dice_weight * dice
 
 
+def entropy(logits, ids):
+    """Cross-entropy of each pixel, (B, h, w). logits (B, C, h, w): of C = 1 foreground's, by sigmoid; ids (B, h, w) int64."""
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits, ids.to(logits.dtype).unsqueeze(1), reduction="none")[:, 0]
+    return F.cross_entropy(logits, ids, reduction="none")
+
+
 class SumTable:
     """The loss sums of every patch of a batch, as last computed: the only trace of Z that a 1x1 head needs.
 
     PatchGD's stale cells are the rows not refreshed since the last step."""
+    ready = False  # whether all that couples the patches is known without a first pass
 
     def __init__(self, batch, loss):
         self._loss = loss
@@ -114,6 +118,7 @@ class GridLoss:
 
 class GridTable:
     """The vectors of all patches of a batch, PatchGD's Z, as last computed: (B, F, rows, cols). Stale cells keep their vectors."""
+    ready = False
 
     def __init__(self, batch):
         self._labels, self._size, self._cells = batch.labels(), batch.grid(), None

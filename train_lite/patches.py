@@ -7,6 +7,7 @@ import torch
 from edge import images, tiles
 from edge.scores import interpolation
 from train_lite.dataset import IGNORE
+from train_lite.half import apply
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of x/255 in RGB: what pretrained encoders expect
 STD = (0.229, 0.224, 0.225)
@@ -84,6 +85,10 @@ class Batch:
     def overviews(self, which):
         """(n, 3, q, q) float: the global patches of the images `which`, a list of n ints."""
         return self._pixels([self.views[v].overview(self.side) for v in which])
+
+    def encoded(self, net, half, which):
+        """What `net` makes of the global patches of the images `which`: a tensor of n."""
+        return apply(net.encoder, half, self.overviews(which))
 
     def _pixels(self, arrays):
         return self._tensor(images.normalise(np.stack(arrays), MEAN, STD))

@@ -48,7 +48,7 @@ class Levers(NamedTuple):
 
 def ladder(config, device):
     """All Levers from the config's own to the smallest, each one notch smaller than the one before. A patch is not made
-    smaller once training has begun."""
+    smaller once training has begun, in this run or in the one that it goes on from."""
     whole = not mode_settings(config).tile
     notches = [Levers(micro_batch(config), config.half, config.tight, config.recompute, config.optimizer,
                       0 if whole else config.patch)]
@@ -68,7 +68,7 @@ def ladder(config, device):
     if config.optimizer == "adamw":
         lower(optimizer="adamw8")
     step = patch_step(config.model)
-    while not whole and not config.resume and notches[-1].patch // (2 * step) * step >= LEAST_PATCH:
+    while not whole and not config.resume and not config.base and notches[-1].patch // (2 * step) * step >= LEAST_PATCH:
         lower(patch=notches[-1].patch // (2 * step) * step)
     return notches
 

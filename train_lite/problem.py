@@ -3,7 +3,7 @@ import numpy as np
 import torch
 
 from train_lite import evaluate
-from train_lite.config import micro_batch, mode_settings, task_of, whole_side
+from train_lite.config import GLNETS, micro_batch, mode_settings, task_of, whole_side
 from train_lite.gradient import Gradient
 from train_lite.patches import View
 
@@ -19,6 +19,9 @@ def task(config):
     if name == "detection":
         from train_lite.detection import Detection
         return Detection
+    if config.model in GLNETS:
+        from train_lite.glnet import Glnet
+        return Glnet
     from train_lite.segmentation import Segmentation
     return Segmentation
 
@@ -70,6 +73,12 @@ class Problem:
         views = [self.view(self.train[i], self.turns[int(rng.randint(len(self.turns)))] if config.augment else 0, self.tile)
                  for i in order[number * config.batch:(number + 1) * config.batch]]
         return self.views_to_batch(views, rng, epoch, number), rng
+
+    def adopt(self, state):
+        """Begin a new State with what another run ended with."""
+
+    def following(self, _path):
+        """The config of the training that comes after the run in the folder `_path`; None: that was all."""
 
     def gradient(self, state):
         config = self.config

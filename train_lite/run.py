@@ -35,7 +35,11 @@ def main(argv):
     torch.set_num_threads(config.threads or torch.get_num_threads())
     config = config._replace(threads=torch.get_num_threads())  # kept with the run: sums depend on how they are shared
     try:
-        return _train(config, run, device)
+        while config:  # one training after another, of nets that are made of several
+            config = _train(config, run, device)
+            run = config and RunFolder(os.path.join(config.out, config.name))
+            config, run = _stored(run, config._replace(resume=run.path)) if run and os.path.isfile(run.config) else (config, None)
+        return 0
     except (MemoryError, RuntimeError) as exc:
         if not out_of_memory(exc):
             raise
@@ -44,13 +48,14 @@ def main(argv):
 
 
 def _train(config, run, device):
+    """Returns the config of the training that follows, or None."""
     from train_lite import loop, state
     from train_lite.problem import task
     data = _data_folder(config)
     pairs, classes = task(config).find(config, data)
     candidates, allowed = _plan(config, pairs, classes, device)
     if config.plan:
-        return 0
+        return None
     stored = _ingest(config, data, pairs, classes)
     config, problem = _settle(config, candidates, allowed, classes, stored, device)
     if config.resume:
@@ -68,7 +73,10 @@ def _train(config, run, device):
     _describe(problem, start, run)
     began = time.time()
     result = loop.train(problem, run, start)
-    return _report(config, problem, start, run, result, time.time() - began)
+    coming = problem.following(run.path)
+    _report(config, problem, start, run, result, time.time() - began, last=not coming)
+    run.release()
+    return coming
 
 
 def _resumed(flags, argv):
@@ -79,7 +87,11 @@ def _resumed(flags, argv):
     extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in OWN_WORDS]
     if extra:
         raise UsageError("--resume takes all settings from the run; leave out %s, or start a new run" % " ".join(extra))
-    run = RunFolder(os.path.realpath(flags.resume)) if os.path.islink(flags.resume) else run
+    return _stored(RunFolder(os.path.realpath(flags.resume)) if os.path.islink(flags.resume) else run, flags)
+
+
+def _stored(run, flags):
+    """The config of a run that was begun, and its RunFolder."""
     config = TrainConfig()._replace(**from_json(run.config, TrainConfig._field_defaults, CHOICES))
     return config._replace(resume=flags.resume, json=flags.json, debug=flags.debug, smaller=flags.smaller), run
 
@@ -173,8 +185,8 @@ def _describe(problem, start, run):
         len(problem.train), len(problem.val), len(problem.test), problem.steps, config.epochs, run.path))
 
 
-def _report(config, problem, start, run, result, seconds):
-    """Score the best net on the test images, if any, and say where everything is."""
+def _report(config, problem, start, run, result, seconds, last):
+    """Score the best net on the test images, if any, and say where everything is. last: whether no other training follows."""
     from train_lite.state import restore
     phases.mark("validate")
     summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_" + problem.SCORE: start.best if problem.val else None,
@@ -191,9 +203,8 @@ def _report(config, problem, start, run, result, seconds):
         json.dump(summary, handle, indent=1)
     say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))
     say("next: python -m export %s --out model.onnx" % run.path)
-    if config.json:
+    if config.json and last:
         print(json.dumps(summary))
-    return 0
 
 
 if __name__ == "__main__":

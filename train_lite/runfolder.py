@@ -53,6 +53,11 @@ class RunFolder:
             if name.endswith(".part"):
                 os.remove(os.path.join(self.path, name))
 
+    def release(self):
+        """Let others in."""
+        self._lock.truncate(0)
+        self._lock.close()
+
     def point_last(self):
         """Make `last` beside the run point at it."""
         link = os.path.join(os.path.dirname(self.path), "last")

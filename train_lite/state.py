@@ -15,8 +15,6 @@ from train_lite.models.recompute import recompute
 from train_lite.optimizer import Optimizer
 from train_lite.problem import task
 
-MEASURED_IMAGES = 64  # for the statistics of batch norms
-
 
 class State:
     """Net, optimizer moments, scale of the loss, position, best score."""
@@ -83,17 +81,9 @@ class State:
         say("step %d: %d norms are frozen; they fold into the convolutions at export" % (self.step, len(names)))
 
     def measure_norms(self, problem):
-        """Statistics of batch norms for a net that is not trained further: those of images as training sees them."""
-        def forward():
-            gradient = problem.gradient(self)
-            for number in range(min(problem.batches, -(-MEASURED_IMAGES // problem.config.batch))):
-                for _loss in gradient.rounds(*problem.batch(self.epoch, number)):
-                    pass
-            for parameter in self.net.parameters():
-                parameter.grad = None
-
-        self.net.train()
-        norm.measure(self.net, forward)
+        """Statistics of batch norms for a net that is scored or done: those of training patches."""
+        self.net.eval()
+        norm.measure(self.net, problem.calibrate(self.net))
 
 
 def _demand_classes(problem, meta, path):
@@ -136,6 +126,7 @@ def _load(net, tensors, path):
 def new(problem):
     """The State at step 0, with pretrained weights where the config names some."""
     state, config = State(problem), problem.config
+    problem.adopt(state)
     if config.weights:
         if config.norm == "frozen":  # their own statistics, not ones measured here
             state.frozen = norm.group_norms(state.net)

@@ -6,6 +6,7 @@
 Patches of 256 px (four of them), one drawn per image and inner iteration (25 %), three inner iterations, batch norm as published.
 Scored is the last epoch's net on the test digits: nothing is chosen on the test images."""
 import argparse
+import csv
 import os
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def main():
                               env=dict(os.environ, PYTHONPATH=ROOT))
     print("%d training and %d test images of %d sums, %s width %d, head %s, %s norm, batch %d, %d epochs, %d seeds" % (
         given.train, given.test, given.sums, given.model, given.width, given.head, given.norm, given.batch, given.epochs, given.seeds))
-    print("| row | accuracy, % | kappa | loss | peak MiB | minutes |\n|---|---|---|---|---|---|")
+    print("| row | accuracy, % | kappa | test loss | training loss | peak MiB | minutes |\n|---|---|---|---|---|---|---|")
     for row in given.rows.split(","):
         found = []
         for seed in range(given.seeds):
@@ -41,11 +42,13 @@ def main():
                 "--data", data, "--val-share", 0, "--model", given.model, "--head", given.head, "--width", given.width, "--norm", given.norm,
                 "--res", 512, "--patch", 256, "--patches", 1, "--inner", 3, "--batch", given.batch, "--no-augment",
                 "--epochs", given.epochs, "--seed", seed, "--threads", 1] + ROWS[row])
+            with open(os.path.join(done["run"], "metrics.csv"), newline="") as handle:
+                learned = float(list(csv.DictReader(handle))[-1]["loss"])
             test = done["test"]
-            found.append([100 * test["accuracy"], test["kappa"], test["val_loss"], done["peak_mib"], done["seconds"] / 60])
+            found.append([100 * test["accuracy"], test["kappa"], test["val_loss"], learned, done["peak_mib"], done["seconds"] / 60])
         means, spreads = np.mean(found, axis=0), np.std(found, axis=0)
-        print("| %s | %.1f ± %.1f | %.2f ± %.2f | %.2f ± %.2f | %.0f | %.1f |" % (
-            row, means[0], spreads[0], means[1], spreads[1], means[2], spreads[2], means[3], means[4]))
+        print("| %s | %.1f ± %.1f | %.2f ± %.2f | %.2f ± %.2f | %.2f ± %.2f | %.0f | %.1f |" % (
+            (row,) + tuple(value for pair in zip(means[:4], spreads[:4]) for value in pair) + (means[4], means[5])))
         sys.stdout.flush()
 
 

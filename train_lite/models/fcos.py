@@ -52,7 +52,7 @@ class ResNetPyramid(ResNet50):
         return self.blocks()
 
     def forward(self, x):
-        return self.fpn(self.levels(x))
+        return self.fpn(self.levels(x)[1:])
 
 
 class MobileNetPyramid(MobileNetV2):
@@ -61,13 +61,13 @@ class MobileNetPyramid(MobileNetV2):
     def __init__(self, width, norm):
         super().__init__(width, norm, last=False)
         begin(self)
-        self.fpn = Pyramid([self.features[index].channels for index in LEVELS], 4 * width)
+        self.fpn = Pyramid([self.features[index].channels for index in LEVELS[1:]], 4 * width)
 
     def segments(self):
         return list(self.features)
 
     def forward(self, x):
-        return self.fpn(self.levels(x))
+        return self.fpn(self.levels(x)[1:])
 
 
 ENCODERS = {"fcos-resnet50": ResNetPyramid, "fcos-mobilenetv2": MobileNetPyramid}

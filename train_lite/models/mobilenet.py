@@ -6,7 +6,7 @@ from train_lite.models.norm import NORMS
 # per stage: expansion, channels, blocks, stride of the first; of width 32
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 LAST = 1280
-LEVELS = (6, 13, 17)  # blocks that end strides 8, 16 and 32
+LEVELS = (3, 6, 13, 17)  # blocks that end strides 4, 8, 16 and 32
 
 
 def conv(channels_in, channels, norm, kernel=3, stride=1, groups=1):

@@ -102,21 +102,8 @@ def freeze_first(net, forward):
     patches (docs/method.md, section 3).
 
     forward(): runs calibration patches through `net`, chunk by chunk; called once, without grad. Returns its name."""
-    sums, hooks = {}, []
-
-    def add(name, norm, x):
-        if not sums or name in sums:  # only the first to be reached is replaced now
-            _add_moments(sums, name, x, norm.num_groups)
-
-    for name in group_norms(net):
-        hooks.append(net.get_submodule(name).register_forward_pre_hook(
-            lambda norm, args, name=name: add(name, norm, args[0])))
+    first, mean, var = _first_moments({name: net.get_submodule(name) for name in group_norms(net)}, forward, lambda norm: norm.num_groups)
     with torch.no_grad():
-        forward()
-        for hook in hooks:
-            hook.remove()
-        (first, sums), = sums.items()
-        mean, var = _moments(sums)
         new, = put_frozen(net, [first])
         per_group = len(new.weight) // len(mean)
         new.running_mean.copy_(mean.repeat_interleave(per_group))
@@ -125,36 +112,44 @@ def freeze_first(net, forward):
 
 
 def measure(net, forward):
-    """Set the running statistics of the batch norms of `net` to those of all that forward() runs through them ('Rethinking "Batch"
-    in BatchNorm', Wu & Johnson 2021, arXiv 2105.07576, section 3): moving averages are of few batches and of older weights.
-
-    forward(): called once, and only if there are batch norms."""
-    sums = {}
-    norms = [module for module in net.modules() if isinstance(module, BatchNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda norm, args: _add_moments(sums, norm, args[0].detach(), args[0].shape[1]))
-             for norm in norms]
-    if norms:
-        forward()
-    for hook in hooks:
-        hook.remove()
-    for norm, of_norm in sums.items():
-        mean, var = _moments(of_norm)
+    """Set the running statistics of the trained batch norms of `net`, in eval mode, to those of what forward() runs through them:
+    in forward order, so that each is measured on what the ones before it give in eval mode. ('Rethinking "Batch" in BatchNorm', Wu
+    & Johnson 2021, arXiv 2105.07576, section 3, measures all at once in train mode; for small batches of unlike images that
+    does not hold: docs/measured.md.) forward(): as of freeze_first(), called once for each norm that it reaches."""
+    left = {name: module for name, module in net.named_modules() if isinstance(module, BatchNorm) and module.weight.requires_grad}
+    while left:
+        first, mean, var = _first_moments(left, forward, lambda norm: norm.num_features)
+        if first is None:  # the others are not reached
+            return
+        norm = left.pop(first)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
 
 
-def _add_moments(sums, key, x, groups):
-    """Add the sum, the sum of squares and the count of each group of channels of x (B, C, ...) to sums[key], (3, groups) float64."""
-    x = x.reshape(x.shape[0], groups, -1)
-    var, mean = (values.double() for values in torch.var_mean(x, dim=(0, 2), unbiased=False))  # no copy of x in float64
-    sums[key] = sums.get(key, 0) + torch.stack([mean, var + mean * mean, torch.ones_like(mean)]) * (x.numel() // groups)
+def _first_moments(norms, forward, groups_of):
+    """(name, mean, variance) of what goes into the first, in forward order, of `norms`, a dict by name; of each of its
+    groups_of(norm) groups of channels. (None, None, None) when forward() reaches none."""
+    sums, hooks = {}, []  # sums: name of the first -> (3, groups) float64: sum, sum of squares, count
 
+    def add(name, norm, x):
+        if sums and name not in sums:
+            return
+        x = x.reshape(x.shape[0], groups_of(norm), -1).double()
+        count = torch.full_like(x[0, :, 0], x.shape[0] * x.shape[2])
+        sums[name] = sums.get(name, 0) + torch.stack([x.sum(dim=(0, 2)), (x * x).sum(dim=(0, 2)), count])
 
-def _moments(sums):
-    """Mean and variance, (groups,) each."""
-    total, squares, count = sums
-    mean = total / count
-    return mean, (squares / count - mean * mean).clamp(min=0)
+    for name, norm in norms.items():
+        hooks.append(norm.register_forward_pre_hook(lambda norm, args, name=name: add(name, norm, args[0])))
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, (total, squares, count) in sums.items():
+        mean = total / count
+        return name, mean, (squares / count - mean * mean).clamp(min=0)
+    return None, None, None
 
 
 def put_frozen(net, names):

@@ -53,11 +53,13 @@ class ResNet50(nn.Module):
         return [block.bn3 for block in self.blocks()]
 
     def levels(self, x):
-        """What stages 2, 3 and 4 give: of 8, 16 and 32 * width channels."""
+        """What the four stages give: of 4, 8, 16 and 32 * width channels."""
         x = nn.functional.max_pool2d(torch.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
-        second = self.layer2(self.layer1(x))
-        third = self.layer3(second)
-        return second, third, self.layer4(third)
+        found = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            found.append(x)
+        return found
 
     def forward(self, x):
         return self.levels(x)[-1]

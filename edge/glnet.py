@@ -1,0 +1,152 @@
+"""From a picture to class scores by two nets that see each other's maps: one the whole image, made small, one its tiles ('Collaborative
+Global-Local Networks', Chen et al. 2019, arXiv 1905.06368, section 3; docs/method.md, section 8). The one path that training's
+evaluation, the parity check and the runtime share.
+
+Maps have four levels, of a quarter to a thirty-second of the pixels each way. Between the two nets they are resized by a product
+with two matrices, so that graphs need nothing but MatMul."""
+from typing import NamedTuple
+
+import numpy as np
+
+from edge import images, scores, tiles
+from edge.geometry import bilinear_matrix
+from edge.scores import Host
+
+STRIDES = (4, 8, 16, 32)  # px between the cells of a level; a tile's side is a multiple of the last
+
+
+class Recipe(NamedTuple):
+    """What of a GLNet is computed."""
+    pixels: scores.Recipe  # tile and overview are of one size
+    merges: bool           # whether the tiles' maps go back to the whole image's net
+    coarse: float          # probability of foreground that a tile must hold somewhere to be worked on; 0: every tile is
+
+
+def footprint(first, side, size, cells):
+    """(first cell, cells) of a map of `cells` that px first .. first + side of `size` px cover: rounded, as published."""
+    count = int(np.clip(np.round(cells * side / float(size)), 1, cells))
+    return min(int(np.round(first / float(size) * cells)), cells - count), count
+
+
+def crops(boxes, height, width, tile):
+    """Matrices that bring the maps of an image of height x width px to its tiles `boxes` (n, 4): rows, cols (n, R) float32, of
+    all levels one after another (see split), each (cells of the tile, cells of the image); rows @ map @ cols.T."""
+    def matrix(_axis, cells, first, count):
+        found = np.zeros((cells, cells), np.float32)
+        found[:, first:first + count] = bilinear_matrix(cells, count)
+        return found
+    return _of_boxes(boxes, (height, width), tile, matrix)
+
+
+def places(boxes, laid):
+    """Matrices that bring the maps of the tiles `boxes` to their place in those of the image, (cells of the image, cells of the
+    tile), otherwise as crops(). They are divided by the number of tiles over a cell, so that the sum over all tiles of `laid`, a
+    tiles.Plan, is their mean."""
+    def matrix(axis, cells, first, count):
+        found = np.zeros((cells, cells), np.float32)
+        found[first:first + count] = bilinear_matrix(count, cells)
+        return found / over[axis, cells][:, None]
+
+    over = {}
+    for axis, (origins, size) in enumerate(((laid.ys, laid.height), (laid.xs, laid.width))):
+        for cells in (laid.tile // stride for stride in STRIDES):
+            spans = [footprint(origin, laid.tile, size, cells) for origin in origins]
+            over[axis, cells] = sum((np.arange(cells) >= first) & (np.arange(cells) < first + count) for first, count in spans).clip(1)
+    return _of_boxes(boxes, (laid.height, laid.width), laid.tile, matrix)
+
+
+def _of_boxes(boxes, size, tile, matrix):
+    return tuple(np.stack([np.concatenate([
+        matrix(axis, tile // stride, *footprint(box[axis], tile, size[axis], tile // stride)).ravel() for stride in STRIDES])
+        for box in boxes]).astype(np.float32) for axis in (0, 1))
+
+
+def split(packed, tile, channels=None):
+    """What lies level after level in (n, cells): one array for each level, (n, side, side) of matrices, (n, channels, side, side) of
+    maps with so many `channels` (per level). numpy or torch."""
+    found, first = [], 0
+    for level, stride in enumerate(STRIDES):
+        shape = (int(tile) // stride,) * 2 if channels is None else (channels[level], tile // stride, tile // stride)
+        stop = first + int(np.prod(shape))
+        found.append(packed[:, first:stop].reshape((packed.shape[0],) + shape))
+        first = stop
+    return found
+
+
+def score_bands(picture, recipe, net, lap=lambda stage: None, pixels=None):
+    """Yield (y0, scores) as edge.scores.score_bands. recipe: a Recipe. net: who computes, an object with
+
+    look(pixels (1, 3, p, p)) -> (maps, deep, scores (1, C, p / 4, p / 4)) of the whole image,
+    work(pixels (n, 3, p, p), maps, rows (n, R), cols (n, R)) -> part (n or more, C, p / 4, p / 4) of the tiles,
+    merge(the same, rows (n, R), cols (n, R) of places(), merged) -> (part, merged), where merged is None at first,
+    deepen(pixels (1, 3, p, p), merged) -> deep, of recipes that merge, and
+    fuse(part, deep, rows (n, r), cols (n, r)) -> scores (n or more, C, p, p), r: of the first level.
+
+    maps, deep and merged are only passed on, and of one size whatever the picture's. Recipes that merge keep the parts of all tiles:
+    p * p / 4 bytes for each and class."""
+    pixels = pixels or Host()
+    lap, base = pixels.timed(lap), recipe.pixels
+    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, base.resize, base.resize_px))
+    small = pixels.prepared(pixels.fitted(view, base.tile, base.tile), [(0, 0, base.tile, base.tile)], base)
+    lap("prepare")
+    maps, deep, rough = net.look(small)
+    lap("run")
+    laid, parts = tiles.plan(view.height, view.width, base.tile, base.overlap), {}
+    boxes = laid.boxes()
+    worked = boxes[proposed(boxes, laid, rough[0], recipe.coarse)]
+    if recipe.merges and len(worked):
+        merged = None
+        for chunk, ready in _prepared(view, worked, base, lap, pixels):
+            part, merged = net.merge(ready, maps, *crops(chunk, view.height, view.width, base.tile) + places(chunk, laid) + (merged,))
+            parts.update(zip(map(tuple, chunk), np.array(part)))
+            lap("run")
+        deep = net.deepen(small, merged)
+        lap("run")
+    chosen = set(map(tuple, worked))
+
+    def of_row(row):
+        lap("blend")
+        fine = {}
+        for chunk, ready in _prepared(view, [box for box in row if tuple(box) in chosen], base, lap, pixels, read=not recipe.merges):
+            rows, cols = crops(chunk, view.height, view.width, base.tile)
+            part = np.stack([parts.pop(tuple(box)) for box in chunk]) if recipe.merges else net.work(ready, maps, rows, cols)
+            first = (base.tile // STRIDES[0]) ** 2
+            fine.update(zip(map(tuple, chunk), np.array(net.fuse(part, deep, rows[:, :first], cols[:, :first]))))
+            lap("run")
+        for box in row:
+            yield fine[tuple(box)] if tuple(box) in fine else _enlarged(rough[0], box, view)
+
+    resize = (view.height, view.width) != (picture.height, picture.width)
+    canvas = pixels.canvas(laid, (picture.height, picture.width) if resize else None)
+    bands = tiles.stitch(laid, of_row, canvas)
+    if resize:
+        bands = pixels.at_size(bands, canvas, picture.height, picture.width)
+    for band in bands:
+        lap("blend")
+        yield band
+
+
+def proposed(boxes, laid, rough, coarse):
+    """Which of the tiles `boxes` (n, 4) of a tiles.Plan are worked on, (n,) bool: those where the scores (1, h, w) of the whole
+    image give foreground a probability of `coarse` or more somewhere; all when that is 0."""
+    if not coarse:
+        return np.ones(len(boxes), bool)
+    likely = 1 / (1 + np.exp(-np.clip(np.asarray(rough[0], np.float64), -60, 60))) >= coarse
+    spans = [[footprint(box[axis], laid.tile, size, cells) for axis, (size, cells) in enumerate(zip((laid.height, laid.width), likely.shape))]
+             for box in boxes]
+    return np.array([likely[y:y + rows, x:x + cols].any() for (y, rows), (x, cols) in spans])
+
+
+def _prepared(view, boxes, recipe, lap, pixels, read=True):
+    """Yield (chunk of boxes (n, 4), its pixels, None unless read)."""
+    for first in range(0, len(boxes), recipe.batch):
+        chunk = np.asarray(boxes[first:first + recipe.batch])
+        ready = pixels.prepared(view, chunk, recipe) if read else None
+        lap("prepare")
+        yield chunk, ready
+
+
+def _enlarged(rough, box, view):
+    """The whole image's scores (C, h, w) at one of its tiles: (C, p, p)."""
+    rows, cols = scores.interpolation(box[None], view.height, view.width, rough.shape[1])
+    return np.matmul(np.matmul(rows[0], rough), cols[0].T)

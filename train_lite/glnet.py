@@ -1,0 +1,358 @@
+"""GLNet in training: three stages, each a run of its own that begins with the net of the one before (Chen et al. 2019, arXiv 1905.06368,
+sections 3.2 to 3.4; docs/method.md, section 8). What a stage does not train it computes without gradient, patch by patch."""
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from edge import glnet as sharing
+from edge.errors import UsageError
+from edge.tiles import plan
+from edge.warp import reference
+from train_lite.config import GLNETS, mode_settings, stage
+from train_lite.dataset import IGNORE
+from train_lite.deform import Seen
+from train_lite.half import apply
+from train_lite.losses import SumTable, entropy
+from train_lite.models import glnet
+from train_lite.patches import Batch, View
+from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
+
+RATES = {1: 1.0, 2: 0.4, 3: 1.0}  # of --lr, as published
+QUARTER = slice(2, None, 4)       # every fourth label: the nearest to the centre of a cell of the first level
+
+
+class Chunk(NamedTuple):
+    """Patches that go through a branch together, and what the other branch gives them. Tensors on the training device."""
+    pixels: torch.Tensor  # (n, 3, p, p) float, normalised
+    labels: torch.Tensor  # (n, p / 4, p / 4) uint8, IGNORE where they count nowhere
+    image: list           # n ints: which image of the batch
+    others: list = None   # per level (n, C, h, h): the frozen overview's maps at these patches
+    deep: torch.Tensor = None  # (n, D, p / 4, p / 4): its deepest map there
+    rows: torch.Tensor = None  # (n, R), with cols: of edge.glnet.crops
+    cols: torch.Tensor = None
+
+
+class TileBatch(Batch):
+    """Views whose tiles see nothing else. tile: px."""
+
+    def __init__(self, views, tile, device, dtype=torch.float32):
+        super().__init__(views, 0, device, dtype)
+        self.tile = tile
+
+    def labels(self, picks):
+        """(n, p / 4, p / 4) uint8."""
+        return self._labels([self.views[v].patch(t)[1][QUARTER, QUARTER] for v, t in picks])
+
+    def global_labels(self, which):
+        """The same of the whole images `which`."""
+        at = reference.own_positions(self.tile // 4, self.tile // 4)
+        return self._labels([reference.sample_labels(Seen(self.views[v], self.views[v].stored.labels), at) for v in which])
+
+    def _labels(self, arrays):
+        return torch.from_numpy(np.stack(arrays)).to(self.device)
+
+    def overviews(self, which):
+        """(n, 3, p, p) float: the whole images `which`."""
+        return self._pixels([self.views[v].overview(self.tile) for v in which])
+
+    def chunk(self, picks, _net=None):
+        return Chunk(self._pixels([self.views[v].patch(t)[0] for v, t in picks]), self.labels(picks), [v for v, _ in picks])
+
+
+class GlobalBatch(TileBatch):
+    """Views each of which is one patch: the whole image."""
+
+    def every_patch(self):
+        return [(v, 0) for v in range(len(self.views))]
+
+    def labels(self, picks):
+        return self.global_labels([v for v, _ in picks])
+
+    def chunk(self, picks, _net=None):
+        which = [v for v, _ in picks]
+        return Chunk(self.overviews(which), self.global_labels(which), which)
+
+
+class SharedBatch(TileBatch):
+    """Views whose tiles see the maps of their whole image. merges: whether the whole images see those of the tiles too (stage 3), which
+    then go through the net `micro_batch` at a time."""
+
+    def __init__(self, views, tile, merges, micro_batch, device, dtype=torch.float32):
+        super().__init__(views, tile, device, dtype)
+        self.side, self._micro_batch, self._looked, self._merged = tile if merges else 0, micro_batch, {}, {}
+
+    def look(self, net, v):
+        """Flat maps and deepest map of image v by the frozen overview. Those of one image are kept: chunks come image by image."""
+        if v not in self._looked:
+            with torch.no_grad():
+                self._looked = {v: net.look(self.overviews([v]))[:2]}
+        return self._looked[v]
+
+    def _crops(self, v, tiles):
+        view = self.views[v]
+        return [self._tensor(part) for part in sharing.crops(view.boxes[tiles], view.height, view.width, self.tile)]
+
+    def chunk(self, picks, net=None):
+        rows, cols = [torch.cat(part) for part in zip(*[self._crops(v, [t]) for v, t in picks])]
+        others, deep = [], []
+        for number, (v, _t) in enumerate(picks):
+            maps, last = self.look(net, v)
+            matrices = [sharing.split(part[number:number + 1], self.tile) for part in (rows, cols)]
+            others.append(glnet.moved(sharing.split(maps, self.tile, net.channels), *matrices))
+            deep += glnet.moved([last], *matrices)
+        return super().chunk(picks)._replace(others=[torch.cat(level) for level in zip(*others)], deep=torch.cat(deep), rows=rows, cols=cols)
+
+    def encoded(self, net, half, which):
+        """The deepest maps of the whole images `which`, which have seen their tiles' maps: (n, D, p / 4, p / 4)."""
+        merged = torch.cat([self._merge(net, v) for v in which])
+        return apply(lambda pixels: net.deepen(pixels, merged), half, self.overviews(which))
+
+    def _merge(self, net, v):
+        if v not in self._merged:  # the same for both passes: nothing that it comes from is trained
+            view, maps = self.views[v], self.look(net, v)[0]
+            laid, merged = plan(view.height, view.width, self.tile, view.overlap), torch.zeros_like(maps)
+            for first in range(0, len(view.boxes), self._micro_batch):
+                tiles = list(range(len(view.boxes)))[first:first + self._micro_batch]
+                pixels = self._pixels([view.patch(t)[0] for t in tiles])
+                puts = [self._tensor(part) for part in sharing.places(view.boxes[tiles], laid)]
+                with torch.no_grad():
+                    merged = net.merge(pixels, maps, *self._crops(v, tiles) + puts + [merged])[1]
+            self._merged[v] = merged
+        return self._merged[v]
+
+
+class FocalLoss:
+    """Focal loss (Lin et al. 2017, arXiv 1708.02002, section 3) of all class scores of a patch, mean over the pixels that count; and `feature`
+    times the mean squared difference of the two branches' deepest maps, where both are trained on."""
+
+    def __init__(self, outputs, gamma, feature):
+        self.outputs, self.gamma, self.feature = outputs, gamma, feature
+
+    def table(self, batch):
+        return FocalTable(batch, self)
+
+    def focal(self, scores, labels):
+        """scores (n, C, h, h), labels (n, h, h) uint8 -> the sum over the pixels of each, (n,)."""
+        counts = labels != IGNORE
+        each = entropy(scores, torch.where(counts, labels, torch.zeros_like(labels)).long())
+        return ((1 - torch.exp(-each)) ** self.gamma * each * counts).sum((1, 2))
+
+    def rows(self, scores, labels, difference=None):
+        """(n, 4) float64 for a SumTable: focal losses, pixels that count, squared difference, patches. scores: a list of class scores
+        (n, C, h, h)."""
+        pixels = (labels != IGNORE).sum((1, 2)).double()
+        nothing = torch.zeros_like(pixels)
+        loss = sum((self.focal(each, labels).double() for each in scores), nothing)
+        return torch.stack([loss, pixels, nothing if difference is None else difference.double(), nothing + 1], dim=1)
+
+    def value(self, total):
+        return total[0] / total[1].clamp(min=1) + self.feature * total[2] / total[3]
+
+    def surrogate(self, part, total):
+        return part[0] + total[1].clamp(min=1) * self.feature * part[2] / total[3]
+
+
+class FocalTable(SumTable):
+    """Knows the pixels of all patches from the start, so that no first pass is needed."""
+    ready = True
+
+    def __init__(self, batch, loss):
+        super().__init__(batch, loss)
+        every = batch.every_patch()
+        self.put(every, torch.cat([loss.rows([], batch.labels([pick])) for pick in every]))
+
+
+class Stage1Loss(FocalLoss):
+    """Of an Alone: whole images, or tiles that see nothing else."""
+
+    def kept(self, net, half, chunk, _g):
+        return apply(lambda pixels: self.rows([net.branch(pixels)[2]], chunk.labels), half, chunk.pixels)
+
+
+class Stage2Loss(FocalLoss):
+    def kept(self, net, half, chunk, _g):
+        def both(pixels):
+            deep = net.local.maps(pixels, chunk.others)[1]
+            fused = net.fuse_local(deep) + net.fuse_deep(chunk.deep)
+            return self.rows([net.local.classify(deep), fused], chunk.labels, ((deep - chunk.deep) ** 2).mean((1, 2, 3)))
+        return apply(both, half, chunk.pixels)
+
+
+class Stage3Loss(FocalLoss):
+    def table(self, batch):
+        return WholeTable(batch, self)
+
+    def kept(self, net, half, chunk, g):
+        """g: the deepest map of the branch that is trained, (n, D, h, h)."""
+        def fused(pixels):
+            with torch.no_grad():
+                deep = net.local.maps(pixels, chunk.others)[1]
+            first = deep.shape[2] ** 2
+            return self.rows([net.fuse(net.fuse_local(deep), g, chunk.rows[:, :first], chunk.cols[:, :first])], chunk.labels)
+        return apply(fused, half, chunk.pixels)
+
+
+class WholeTable(FocalTable):
+    """And the loss of the whole images themselves."""
+
+    def __init__(self, batch, loss):
+        super().__init__(batch, loss)
+        self._labels = batch.global_labels(list(range(len(batch.views))))
+
+    def couple(self, net, g, factor):
+        super().couple(net, g, factor)
+        loss = self._loss.focal(net.whole.classify(g), self._labels).sum() / (self._labels != IGNORE).sum().clamp(min=1)
+        (loss * float(self.weight()) * factor).backward()
+        self._of_whole = float(loss.detach())
+
+    def value(self):
+        return super().value() + self._of_whole
+
+
+LOSSES = {1: Stage1Loss, 2: Stage2Loss, 3: Stage3Loss}
+
+
+class TileView(View):
+    """A View whose tiles overlap as they do when images are scored. Every tile learns all of its pixels, as published."""
+
+    def __init__(self, stored, turn, tile, overlap):
+        super().__init__(stored, turn, tile)
+        self.overlap = overlap
+        laid = plan(self.height, self.width, tile, overlap)
+        self.boxes, self.grid = laid.boxes(), (len(laid.ys), len(laid.xs))
+        self.owned = np.clip(self.boxes, 0, (self.height, self.width) * 2)
+
+
+class Glnet(Segmentation):
+    """Stage 1 and the baselines (--mode down: whole images, --mode tiled: tiles alone) train an Alone; stages 2 and 3 a GLNet."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.stage = stage(self.config)
+        if self.stage > 1:
+            self.how = sharing.Recipe(self.recipe, self.stage == 3, self.config.coarse)
+
+    @staticmethod
+    def find(config, data):
+        if stage(config) > 1 and not config.resume:
+            demand_base(config)
+        return Segmentation.find(config, data)
+
+    def view(self, stored, turn, tile):
+        return TileView(stored, turn, tile, self.settings.overlap)
+
+    @staticmethod
+    def check(config, train):
+        settings = mode_settings(config)
+        small = [entry for entry in train if settings.fusion != "none" and min(entry.height, entry.width) < config.patch]
+        if small:
+            raise UsageError("%d of the training images, such as %s of %dx%d px, are smaller than a patch of %d px: they have no tiles "
+                             "to look at. Take a smaller --patch or a larger --res, or leave them out"
+                             % (len(small), small[0].pair.image, small[0].width, small[0].height, config.patch))
+        if config.coarse and stage(config) > 1 and not any(has_foreground(entry) for entry in train):
+            raise UsageError("--coarse %g and none of the %d training masks has any foreground: there is nothing to propose. Check "
+                             "the masks, or leave --coarse out" % (config.coarse, len(train)))
+
+    @staticmethod
+    def build(config, outputs, kind):
+        if config.coarse and outputs != 1:
+            raise UsageError("--coarse %g: proposals are for sets of one class and background; this one has %d classes. Leave --coarse "
+                             "out" % (config.coarse, outputs))
+        return glnet.build(stage(config), config.model, config.width, kind, outputs)
+
+    @staticmethod
+    def probe(net, outputs, tiles, px):
+        pixels, side = torch.zeros(tiles, 3, px, px), px // 4
+        labels, loss = torch.zeros(tiles, side, side, dtype=torch.uint8), FocalLoss(outputs, 1.0, 0.0)
+        if isinstance(net, glnet.Alone):
+            return loss.rows([net.branch(pixels)[2]], labels).sum()
+        others = [torch.zeros(tiles, count, px // stride, px // stride) for count, stride in zip(net.channels, sharing.STRIDES)]
+        branch = net.whole or net.local
+        deep = branch.maps(pixels, others)[1]
+        return loss.rows([branch.classify(deep), net.fuse_local(deep) + net.fuse_deep(deep)], labels).sum()
+
+    def views_to_batch(self, views, _rng, _epoch, _number):
+        if self.stage > 1:
+            return SharedBatch(views, self.tile, self.stage == 3, self.recipe.batch, self.device)
+        return (TileBatch if self.config.mode == "tiled" else GlobalBatch)(views, self.tile, self.device)
+
+    def objective(self, _state):
+        return LOSSES[self.stage](self.classes.outputs, self.config.focal, self.config.feature)
+
+    def learning_rate(self, step, frozen_at=0):
+        return RATES[self.stage] * super().learning_rate(step, frozen_at)
+
+    def calibrate(self, net):
+        rng = np.random.RandomState(self.config.seed)
+        chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_PATCHES // 4]]
+        batch = self.views_to_batch([self.view(stored, int(rng.choice(self.turns)), self.tile) for stored in chosen], rng, 0, 0)
+        every, loss = batch.every_patch(), self.objective(None)
+        picks = sorted(every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES])
+
+        def forward():
+            features = {v: batch.encoded(net, False, [v]) for v in sorted({v for v, _t in picks})} if batch.side else {}
+            for pick in picks:
+                loss.kept(net, False, batch.chunk([pick], net), features.get(pick[0]))
+        return forward
+
+    def adopt(self, state):
+        """Begin with the net of the stage before: --base."""
+        if self.stage == 1:
+            return
+        base, _config, classes, _tile, meta = restore_base(self.config)
+        if list(classes.names) != list(self.classes.names):
+            raise UsageError("--base %s was trained for the classes %s; --data has %s. Take data of the same classes"
+                             % (self.config.base, ", ".join(classes.names), ", ".join(self.classes.names)))
+        net = state.net
+        if self.stage == 2:
+            net.overview = base.branch
+            state.frozen = [name.replace("branch.", "overview.", 1) for name in meta["frozen"]]
+        else:
+            net.overview, net.local, net.fuse_local, net.fuse_deep = base.overview, base.local, base.fuse_local, base.fuse_deep
+            glnet.begin_whole(net)
+            state.frozen = meta["frozen"] + [name.replace("overview.", "whole.", 1) for name in meta["frozen"] if name.startswith("overview.")]
+        net.to(self.device)
+        net.freeze()
+
+    def following(self, path):
+        """The config of the stage after the run in `path`; None after the last."""
+        config = self.config
+        if len(config.stage) < 2 or config.mode != "patch":
+            return None
+        name = os.path.basename(os.path.normpath(path))
+        name = name[:-2] if self.stage == 2 and name.endswith("-2") else name
+        coming = config._replace(stage=config.stage[1:], base=path, name="%s-%s" % (name, config.stage[1]), resume="", smaller=0,
+                                 weights=config.weights if config.stage[1] == "2" else "")
+        return coming
+
+    def words(self):
+        if self.config.mode != "patch":
+            return super().words()
+        return "stage %d, %s" % (self.stage, {1: "whole images at %d px", 2: "tiles of %d px beside them", 3: "whole images with tiles of %d px"}
+                                 [self.stage] % self.tile)
+
+
+def has_foreground(stored):
+    """Whether any label of a Stored is of foreground."""
+    bands = (stored.labels.window(y, 0, min(stored.height, y + 256), stored.width) for y in range(0, stored.height, 256))
+    return any(((band != 0) & (band != IGNORE)).any() for band in bands)
+
+
+def restore_base(config):
+    """state.restore() of the best net of the run --base."""
+    from train_lite.state import restore
+    return restore(os.path.join(config.base, "best.safetensors"))
+
+
+def demand_base(config):
+    """Raise UsageError when --base is no run of the stage before, or of another net."""
+    if not os.path.isfile(os.path.join(config.base, "best.safetensors")):
+        raise UsageError("--base %s holds no best.safetensors; --stage %s begins with the net of stage %d. Expected its run folder, such "
+                         "as runs/train/NAME" % (config.base, config.stage, stage(config) - 1))
+    trained = restore_base(config)[1]
+    for name, theirs, ours in [("--stage", stage(trained) if trained.model in GLNETS else "of another net", stage(config) - 1)] + [
+            ("--" + field, getattr(trained, field), getattr(config, field)) for field in ("model", "width", "patch", "mode")]:
+        if theirs != ours:
+            raise UsageError("--base %s was trained with %s %s; expected %s" % (config.base, name, theirs, ours))
