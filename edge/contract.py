@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 
-from edge import boxes, schema
+from edge import boxes, glnet, schema
 from edge.command import read_json, written
 from edge.errors import BadFile, UsageError
 from edge.scores import Recipe, grid
@@ -18,8 +18,9 @@ SCHEMA_VERSION = 1
 GEOMETRY_VERSION = 1  # raised when edge.geometry changes what a coordinate means
 FEATURES = 8  # maps between encoder and head
 STAGES = {"whole": ["net"], "tiled": ["net"], "patch": ["encoder", "head"], "uniform": ["net"], "deform": ["deform", "net"],
-          "grid": ["encoder", "head"], "boxes": ["encoder", "head"]}
-TILED = ("tiled", "patch", "boxes")  # pipelines that cut a frame into tiles, as many as its size asks for
+          "grid": ["encoder", "head"], "boxes": ["encoder", "head"], "glnet": ["overview", "local", "whole", "fusion"]}
+MISSING = {"glnet": "whole"}  # the stage that a pipeline may lack
+TILED = ("tiled", "patch", "boxes", "glnet")  # pipelines that cut a frame into tiles, as many as its size asks for
 TASKS = {"grid": "classification", "boxes": "detection"}  # of a pipeline; of all others segmentation
 WARPED = ("uniform", "deform")  # pipelines whose net sees samples of the whole image
 
@@ -92,8 +93,9 @@ def load(model):
 def _disagreements(contract, model):
     wrong = []
     names = [stage["name"] for stage in contract["stages"]]
-    if names != STAGES[contract["pipeline"]]:
-        wrong.append("stages are %s, a %s pipeline has %s" % (names, contract["pipeline"], STAGES[contract["pipeline"]]))
+    known = STAGES[contract["pipeline"]]
+    if names not in (known, [name for name in known if name != MISSING.get(contract["pipeline"])]):
+        wrong.append("stages are %s, a %s pipeline has %s" % (names, contract["pipeline"], known))
     task = TASKS.get(contract["pipeline"], "segmentation")
     if contract["task"] != task:
         wrong.append("a %s pipeline is for another task than %s" % (contract["pipeline"], contract["task"]))
@@ -101,8 +103,10 @@ def _disagreements(contract, model):
         wrong.append("a %s pipeline has %s" % (contract["pipeline"], "rules for boxes" if task == "detection" else "no rules for boxes"))
     if len(contract["classes"]) < 2 and task != "detection":
         wrong.append("there is one class")
-    if task == "segmentation" and (contract["overview"] is None) == (contract["pipeline"] == "patch"):
+    if task == "segmentation" and (contract["overview"] is None) == (contract["pipeline"] in ("patch", "glnet")):
         wrong.append("overview is %s in a %s pipeline" % (contract["overview"], contract["pipeline"]))
+    if ("glnet" in contract) != (contract["pipeline"] == "glnet"):
+        wrong.append("a %s pipeline has %s" % (contract["pipeline"], "a glnet part" if "glnet" in contract else "no glnet part"))
     warped = contract["pipeline"] in WARPED
     if (contract["tile"] is None, "warp" in contract) != (warped, warped):
         return wrong + ["a %s pipeline has %s" % (contract["pipeline"], "a warp and no tile" if warped else "a tile and no warp")]
@@ -114,6 +118,8 @@ def _disagreements(contract, model):
         return wrong + ["a grid pipeline stretches images and shares no pixels between tiles"]
     if task == "detection" and (contract["tile"]["overlap"] or contract["tile"]["size"] % boxes.STRIDES[-1]):
         return wrong + ["tiles of a boxes pipeline share no pixels and are multiples of %d px" % boxes.STRIDES[-1]]
+    if contract["pipeline"] == "glnet" and contract["tile"]["size"] % glnet.STRIDES[-1]:
+        return wrong + ["tiles of a glnet pipeline are multiples of %d px" % glnet.STRIDES[-1]]
     if not warped and contract["tile"]["overlap"] >= contract["tile"]["size"]:
         wrong.append("tile overlap %(overlap)d is not smaller than the tile, %(size)d" % contract["tile"])
     for stage in contract["stages"]:
@@ -121,6 +127,8 @@ def _disagreements(contract, model):
             wrong.append("%s %s the contract's 'engine' part" % (stage["file"], "goes with" if "engine" in contract else "lacks"))
     if contract["stages"][0]["file"] != os.path.basename(model):
         wrong.append("its first stage is %s" % contract["stages"][0]["file"])
+    if contract["pipeline"] == "glnet" and [len(stage["outputs"]) for stage in contract["stages"]][0] != 3:
+        return wrong + ["its overview gives other tensors than maps, deep and rough"]
     for stage in contract["stages"]:
         for side in ("inputs", "outputs"):
             got = {tensor["name"]: tensor["shape"] for tensor in stage[side]}
@@ -161,6 +169,8 @@ def _shapes(contract, stage):
         return {"inputs": dict(given, context=window) if contract["overview"] else given,
                 "outputs": {"scores": [1, len(contract["classes"]) + 5] + window[2:]}}
     pixels, scores = {"pixels": [batch, 3, side, side]}, {"scores": [batch, outputs, side, side]}
+    if contract["pipeline"] == "glnet":
+        return _branch_shapes(contract, stage, pixels, scores)
     if stage == "net":
         return {"inputs": pixels, "outputs": scores}
     features = {"features": [batch, FEATURES, side, side]}
@@ -171,16 +181,40 @@ def _shapes(contract, stage):
             "outputs": scores}
 
 
+def _branch_shapes(contract, stage, pixels, scores):
+    """_shapes() of a glnet pipeline. pixels, scores: of tiles."""
+    maps, deep = [tensor["shape"] for tensor in contract["stages"][0]["outputs"][:2]]
+    batch, outputs, side = scores["scores"][:3]
+    cells = side // glnet.STRIDES[0]
+    matrices = [batch, sum((side // stride) ** 2 for stride in glnet.STRIDES)]
+    one = {"pixels": [1, 3, side, side]}
+    if stage == "overview":
+        return {"inputs": one, "outputs": {"maps": maps, "deep": deep, "rough": [1, outputs, cells, cells]}}
+    if stage == "whole":
+        return {"inputs": dict(one, merged=maps), "outputs": {"deep": deep}}
+    part = {"part": [batch, outputs, cells, cells]}
+    if stage == "fusion":
+        return {"inputs": dict(part, deep=deep, rows=[batch, cells ** 2], cols=[batch, cells ** 2]), "outputs": scores}
+    given = dict(pixels, maps=maps, rows=matrices, cols=matrices)
+    if len(contract["stages"]) == 3:
+        return {"inputs": given, "outputs": part}
+    return {"inputs": dict(given, put_rows=matrices, put_cols=matrices, merged=maps), "outputs": dict(part, sum=maps)}
+
+
 def recipe(contract):
-    """The contract's Recipe, or WarpRecipe: how its nets want their pixels."""
+    """The contract's Recipe, of edge.scores or edge.glnet, or WarpRecipe: how its nets want their pixels."""
     image, tile, overview = contract["image"], contract["tile"], contract["overview"]
     colours = tuple(image["mean"]), tuple(image["std"])
     if contract["pipeline"] in WARPED:
         warp = contract["warp"]
         return WarpRecipe(image["resize"], image["resize_px"], tuple(warp["task"]), tuple(warp["density"]), tuple(warp["radius"]),
                           *colours)
-    return Recipe(image["resize"], image["resize_px"], tile["size"], tile["overlap"], tile["batch"],
-                  overview["size"] if overview else 0, *colours)
+    found = Recipe(image["resize"], image["resize_px"], tile["size"], tile["overlap"], tile["batch"],
+                   overview["size"] if overview else 0, *colours)
+    if contract["pipeline"] == "glnet":
+        merges = "whole" in [stage["name"] for stage in contract["stages"]]
+        return glnet.Recipe(*found + (merges, contract["glnet"]["coarse"]))
+    return found
 
 
 def check_tensors(stage, side, found):

@@ -16,10 +16,17 @@ STRIDES = (4, 8, 16, 32)  # px between the cells of a level; a tile's side is a 
 
 
 class Recipe(NamedTuple):
-    """What of a GLNet is computed."""
-    pixels: scores.Recipe  # tile and overview are of one size
-    merges: bool           # whether the tiles' maps go back to the whole image's net
-    coarse: float          # probability of foreground that a tile must hold somewhere to be worked on; 0: every tile is
+    """An edge.scores.Recipe whose overview is of the tile's size, and what of a GLNet is computed."""
+    resize: str
+    resize_px: int
+    tile: int
+    overlap: int
+    batch: int
+    overview: int
+    mean: tuple
+    std: tuple
+    merges: bool   # whether the tiles' maps go back to the whole image's net
+    coarse: float  # probability of foreground that a tile must hold somewhere to be worked on; 0: every tile is
 
 
 def footprint(first, side, size, cells):
@@ -68,7 +75,7 @@ def split(packed, tile, channels=None):
     for level, stride in enumerate(STRIDES):
         shape = (int(tile) // stride,) * 2 if channels is None else (channels[level], tile // stride, tile // stride)
         stop = first + int(np.prod(shape))
-        found.append(packed[:, first:stop].reshape((packed.shape[0],) + shape))
+        found.append(packed[:, first:stop].reshape((int(packed.shape[0]),) + shape))
         first = stop
     return found
 
@@ -82,22 +89,22 @@ def score_bands(picture, recipe, net, lap=lambda stage: None, pixels=None):
     deepen(pixels (1, 3, p, p), merged) -> deep, of recipes that merge, and
     fuse(part, deep, rows (n, r), cols (n, r)) -> scores (n or more, C, p, p), r: of the first level.
 
-    maps, deep and merged are only passed on, and of one size whatever the picture's. Recipes that merge keep the parts of all tiles:
-    p * p / 4 bytes for each and class."""
+    maps, deep and merged are only passed on, and of one size whatever the picture's. Recipes that merge keep the parts of all tiles,
+    p * p / 4 bytes of each and class."""
     pixels = pixels or Host()
-    lap, base = pixels.timed(lap), recipe.pixels
-    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, base.resize, base.resize_px))
-    small = pixels.prepared(pixels.fitted(view, base.tile, base.tile), [(0, 0, base.tile, base.tile)], base)
+    lap, tile = pixels.timed(lap), recipe.tile
+    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
+    small = pixels.prepared(pixels.fitted(view, tile, tile), [(0, 0, tile, tile)], recipe)
     lap("prepare")
     maps, deep, rough = net.look(small)
     lap("run")
-    laid, parts = tiles.plan(view.height, view.width, base.tile, base.overlap), {}
+    laid, parts = tiles.plan(view.height, view.width, tile, recipe.overlap), {}
     boxes = laid.boxes()
     worked = boxes[proposed(boxes, laid, rough[0], recipe.coarse)]
     if recipe.merges and len(worked):
         merged = None
-        for chunk, ready in _prepared(view, worked, base, lap, pixels):
-            part, merged = net.merge(ready, maps, *crops(chunk, view.height, view.width, base.tile) + places(chunk, laid) + (merged,))
+        for chunk, ready in _prepared(view, worked, recipe, lap, pixels):
+            part, merged = net.merge(ready, maps, *crops(chunk, view.height, view.width, tile) + places(chunk, laid) + (merged,))
             parts.update(zip(map(tuple, chunk), np.array(part)))
             lap("run")
         deep = net.deepen(small, merged)
@@ -107,10 +114,10 @@ def score_bands(picture, recipe, net, lap=lambda stage: None, pixels=None):
     def of_row(row):
         lap("blend")
         fine = {}
-        for chunk, ready in _prepared(view, [box for box in row if tuple(box) in chosen], base, lap, pixels, read=not recipe.merges):
-            rows, cols = crops(chunk, view.height, view.width, base.tile)
+        for chunk, ready in _prepared(view, [box for box in row if tuple(box) in chosen], recipe, lap, pixels, read=not recipe.merges):
+            rows, cols = crops(chunk, view.height, view.width, tile)
             part = np.stack([parts.pop(tuple(box)) for box in chunk]) if recipe.merges else net.work(ready, maps, rows, cols)
-            first = (base.tile // STRIDES[0]) ** 2
+            first = (tile // STRIDES[0]) ** 2
             fine.update(zip(map(tuple, chunk), np.array(net.fuse(part, deep, rows[:, :first], cols[:, :first]))))
             lap("run")
         for box in row:

@@ -1,7 +1,7 @@
 """A contract and its loaded stages, as one function from a picture to a mask."""
 import numpy as np
 
-from edge import boxes
+from edge import boxes, glnet
 from edge import contract as contracts
 from edge import scores
 from edge.errors import BadFile, UsageError
@@ -140,6 +140,40 @@ class Segmenter:
         self.close()
 
 
+class Branches(Segmenter):
+    """Class ids from two nets that see each other's maps (edge.glnet). As a Segmenter otherwise."""
+
+    def score_bands(self, picture, lap=lambda stage: None):
+        return glnet.score_bands(picture, self._scaled(picture), self, lap, self.session.pixels)
+
+    def look(self, pixels):
+        found = self.session.run("overview", {"pixels": pixels}, keep=True)
+        return found["maps"], found["deep"], _on_host(found["rough"])
+
+    def work(self, pixels, maps, rows, cols):
+        given = {"pixels": self._full(pixels), "maps": maps, "rows": self._full(rows), "cols": self._full(cols)}
+        return self.session.run("local", given, keep=True)["part"]
+
+    def merge(self, pixels, maps, rows, cols, put_rows, put_cols, merged):
+        if merged is None:
+            merged = np.zeros(getattr(maps, "host", maps).shape, np.float32)
+        spare = [(0, self.recipe.batch - len(rows)), (0, 0)]  # what fills a batch up is put nowhere
+        found = self.session.run("local", {
+            "pixels": self._full(pixels), "maps": maps, "rows": self._full(rows), "cols": self._full(cols),
+            "put_rows": np.pad(put_rows, spare, mode="constant"), "put_cols": np.pad(put_cols, spare, mode="constant"), "merged": merged}, keep=True)
+        return _on_host(found["part"])[:len(rows)], self.session.hold(found["sum"])
+
+    def deepen(self, pixels, merged):
+        return self.session.run("whole", {"pixels": pixels, "merged": merged}, keep=True)["deep"]
+
+    def fuse(self, part, deep, rows, cols):
+        return self.session.run("fusion", {"part": self._full(part), "deep": deep, "rows": self._full(rows), "cols": self._full(cols)})["scores"]
+
+
+def _on_host(value):
+    return value if isinstance(value, np.ndarray) else value.get()
+
+
 class Classifier(Segmenter):
     """A label for every picture, from the grid of its tiles. As a Segmenter otherwise."""
 
@@ -228,9 +262,9 @@ class Detector(Segmenter):
             for box in found]}
 
 
-KINDS = {"classification": Classifier, "detection": Detector, "segmentation": Segmenter}
+KINDS = {"grid": Classifier, "boxes": Detector, "glnet": Branches}
 
 
 def of(contract):
     """The class whose objects run this contract's model."""
-    return KINDS[contract["task"]]
+    return KINDS.get(contract["pipeline"], Segmenter)

@@ -24,7 +24,7 @@ WINDOW_PX = 1536  # the middle of larger frames: enough tiles to judge, seconds 
 ENGINE = {"float32": (1e-2, 5e-4), "float16": (2e-1, 5e-3)}
 TASK_DROP = 0.01  # of any class's IoU against the labels, where they are known
 STAGE_CALLS = 4  # inputs on which every stage is compared by itself
-KINDS = {"rows": "interpolate", "cols": "interpolate", "pixels": "prepare", "image": "prepare", "samples": "sample"}
+KINDS = {"rows": "interpolate", "cols": "interpolate", "put_rows": "interpolate", "put_cols": "interpolate", "pixels": "prepare", "image": "prepare", "samples": "sample"}
 LOGITS = 1e-2  # of the largest, the most that density logits may differ by, however much scores may: they are kept in float32
 EXACT = ("prepare", "interpolate", "sample", "decode")  # stages that are the same code on both sides: no difference is allowed
 
@@ -71,6 +71,7 @@ class TorchSession:
     """What edge.backends says of a Session."""
 
     def __init__(self, net, contract):
+        self._parts = {"overview": "look", "local": "work", "whole": "deepen", "fusion": "fuse_large"}  # of a GLNet
         self._net, self._stages, self.pixels = net, {stage["name"]: stage for stage in contract["stages"]}, WarpHost()
 
     def tensors(self, stage, side):
@@ -80,6 +81,11 @@ class TorchSession:
         import torch
         given = {name: torch.from_numpy(np.array(array)) for name, array in inputs.items()}
         with torch.no_grad():
+            if stage in self._parts:
+                part = getattr(self._net, "merge" if "merged" in given and stage == "local" else self._parts[stage])
+                found = part(*[given[tensor["name"]] for tensor in self._stages[stage]["inputs"]])
+                found = found if isinstance(found, tuple) else (found,)
+                return {tensor["name"]: one.numpy() for tensor, one in zip(self._stages[stage]["outputs"], found)}
             if stage == "deform":
                 return {"logits": self._net.deform(given["image"]).numpy()}
             if stage == "encoder":

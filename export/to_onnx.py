@@ -9,10 +9,10 @@ import warnings
 import torch
 from torch import nn
 
-from edge import __version__, boxes, contract, scores
+from edge import __version__, boxes, contract, glnet, scores
 from edge.errors import UsageError
 from edge.optional import need
-from train_lite.config import task_of
+from train_lite.config import GLNETS, task_of
 from train_lite.models import FEATURES, norm
 
 OPSET = 13      # the last that TensorRT 8.2 documents
@@ -43,12 +43,14 @@ def pipeline_of(config, fusion):
     if config.sampler != "none":
         return "uniform" if config.sampler == "uniform" else "deform"
     if fusion != "none":
-        return "patch"
+        return "glnet" if fusion == "maps" else "patch"
+    if config.model in GLNETS and config.mode == "patch":
+        return "whole"
     return "whole" if config.mode in ("full", "down") else "tiled"
 
 
 def stages(net, pipeline, recipe):
-    """The graphs of a pipeline: list of (name, module, {input: example tensor}, output name)."""
+    """The graphs of a pipeline: list of (name, module, {input: example tensor}, names of outputs, with blanks between)."""
     if pipeline in contract.WARPED:
         look = [("deform", net.deform, {"image": torch.zeros((1, 3) + recipe.density)}, "logits")]
         return look[:pipeline == "deform"] + [("net", net, {"samples": torch.zeros((1, 3) + recipe.task)}, "scores")]
@@ -67,12 +69,33 @@ def stages(net, pipeline, recipe):
             given["context"] = window.clone()
         return [("encoder", net.encoder, {"pixels": pixels}, "features"),
                 ("head", Part(net, lambda cells, inside, context=None: net.head(cells, context, inside)), given, "scores")]
+    if pipeline == "glnet":
+        return branch_stages(net, pixels, recipe)
     if pipeline != "patch":
         return [("net", net, {"pixels": pixels}, "scores")]
     features, spread = torch.zeros(batch, FEATURES, tile, tile), torch.zeros(batch, tile, tile)
     return [("encoder", net.encoder, {"pixels": pixels}, "features"),
             ("head", Part(net, net.score), {"features": features, "overview": torch.zeros(1, FEATURES, tile, tile),
                                  "rows": spread, "cols": spread}, "scores")]
+
+
+def branch_stages(net, pixels, recipe):
+    """stages() of a models.glnet.GLNet. pixels: example tiles."""
+    batch, cells = recipe.batch, recipe.tile // glnet.STRIDES[0]
+    with torch.no_grad():
+        maps, deep, _rough = net.look(pixels[:1])
+    rows = torch.zeros(batch, sum((recipe.tile // stride) ** 2 for stride in glnet.STRIDES))
+    given = {"pixels": pixels, "maps": maps, "rows": rows, "cols": rows.clone()}
+    found = [("overview", Part(net, net.look), {"pixels": pixels[:1].clone()}, "maps deep rough")]
+    if recipe.merges:
+        given.update(put_rows=rows.clone(), put_cols=rows.clone(), merged=maps.clone())
+        found += [("local", Part(net, net.merge), given, "part sum"),
+                  ("whole", Part(net, net.deepen), {"pixels": pixels[:1].clone(), "merged": maps}, "deep")]
+    else:
+        found.append(("local", Part(net, net.work), given, "part"))
+    weights = torch.zeros(batch, cells ** 2)
+    part = torch.zeros(batch, net.outputs, cells, cells)
+    return found + [("fusion", Part(net, net.fuse_large), {"part": part, "deep": deep, "rows": weights, "cols": weights.clone()}, "scores")]
 
 
 def folded(net):
@@ -96,21 +119,22 @@ def _registered_once():
             registry.register_version = register
 
 
-def write_stage(path, module, inputs, output):
-    """Export one graph with static shapes. Returns the output's shape."""
+def write_stage(path, module, inputs, outputs):
+    """Export one graph with static shapes. outputs: their names, with blanks between. Returns {name: shape} of them."""
     onnx = need("onnx")
     extra = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with warnings.catch_warnings(), torch.no_grad(), _registered_once():
         warnings.simplefilter("ignore")  # the tracer warns of Python numbers; shapes are static on purpose
-        shape = list(module(*inputs.values()).shape)
+        found = module(*inputs.values())
+        shapes = {name: list(one.shape) for name, one in zip(outputs.split(), found if isinstance(found, tuple) else (found,))}
         torch.onnx.export(module, tuple(inputs.values()), path, opset_version=OPSET, input_names=list(inputs),
-                          output_names=[output], do_constant_folding=True, **extra)
+                          output_names=list(shapes), do_constant_folding=True, **extra)
     model = onnx.load(path)
     _own_weights(onnx, model.graph)
     model.ir_version = min(model.ir_version, IR_VERSION)
     onnx.checker.check_model(model)
     onnx.save(model, path)
-    return shape
+    return shapes
 
 
 def _own_weights(onnx, graph):
@@ -134,6 +158,7 @@ def operators(path):
 def _tensor(name, shape):
     what = {"pixels": "(x / 255 - mean) / std, RGB", "rows": "0..1, each row sums to 1", "cols": "0..1, each row sums to 1",
             "scores": "logits", "features": "any", "overview": "any", "logits": "any; softmax over the map is the density"}
+    what.update({name: "any" for name in ("maps", "deep", "part", "merged", "sum")}, rough="logits", put_rows="0..1", put_cols="0..1")
     what.update(image=what["pixels"], samples=what["pixels"], cells="any", context="any", inside="0 or 1")
     return {"name": name, "dtype": "float32", "shape": list(shape), "range": what[name]}
 
@@ -141,13 +166,13 @@ def _tensor(name, shape):
 def write(folder, stem, net, config, classes, recipe, pipeline):
     """Write the stages STEM.onnx (and STEM.head.onnx) to `folder`. Returns (contract dict, {stage: path})."""
     described, files = [], {}
-    for name, module, inputs, output in stages(net, pipeline, recipe):
+    for name, module, inputs, outputs in stages(net, pipeline, recipe):
         file = "%s.onnx" % stem if not described else "%s.%s.onnx" % (stem, name)
         path = files[name] = os.path.join(folder, file)
-        shape = write_stage(path, module, inputs, output)
+        shapes = write_stage(path, module, inputs, outputs)
         described.append({"name": name, "file": file, "sha256": contract.sha256(path),
                           "inputs": [_tensor(key, value.shape) for key, value in inputs.items()],
-                          "outputs": [_tensor(output, shape)]})
+                          "outputs": [_tensor(key, shape) for key, shape in shapes.items()]})
     warped = pipeline in contract.WARPED
     made = {
         "format": "nanopatch-contract", "schema_version": contract.SCHEMA_VERSION, "nanopatch": __version__,
@@ -155,11 +180,13 @@ def write(folder, stem, net, config, classes, recipe, pipeline):
         "image": {"colour": "RGB", "mean": list(recipe.mean), "std": list(recipe.std), "resize": recipe.resize,
                   "resize_px": recipe.resize_px},
         "tile": None if warped else {"size": recipe.tile, "overlap": recipe.overlap, "batch": recipe.batch},
-        "overview": None if warped or not recipe.overview else {"size": recipe.overview, "fusion": config.global_patch},
+        "overview": None if warped or not recipe.overview else {"size": recipe.overview, "fusion": "maps" if pipeline == "glnet" else config.global_patch},
         "classes": [{"name": n, "colour": list(c)} for n, c in zip(classes.names, classes.palette)],
     }
     if pipeline == "boxes":
         made["boxes"] = boxes.rules(config.max_boxes)._asdict()
+    if pipeline == "glnet":
+        made["glnet"] = {"coarse": recipe.coarse}
     if warped:
         made["warp"] = {"task": list(recipe.task), "density": list(recipe.density), "radius": list(recipe.radius)}
     return made, files

@@ -271,6 +271,8 @@ class ModeSettings(NamedTuple):
     density: tuple = ()  # px of the density,
     radius: tuple = ()   # rows and columns of it over which it pulls
     again: bool = False  # whether patches drawn once may be drawn again
+    merges: bool = False   # of a GLNet, as its recipe (edge.glnet.Recipe)
+    coarse: float = 0.0
 
 
 def mode_settings(config):
@@ -286,7 +288,8 @@ def mode_settings(config):
                               config.overlap)}[config.mode]._replace(again=config.draw == "again")
     if config.model in GLNETS:
         if config.mode == "patch":  # stage 1 sees whole images, of a tile's size
-            settings = settings._replace(fusion="maps", overlap=config.overlap) if stage(config) > 1 else settings._replace(
+            settings = settings._replace(
+                fusion="maps", merges=stage(config) == 3, coarse=config.coarse) if stage(config) > 1 else settings._replace(
                 resize="stretch", resize_px=config.patch, fusion="none", overlap=0)
         return settings._replace(gradient="exact", fill="image")
     if task_of(config.model) == "classification":  # one grid for all images, whole from the start: PatchGD's Z

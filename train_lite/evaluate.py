@@ -19,12 +19,13 @@ FOLDED = 0.01     # of the grid's cells turned over: trained ones have none; un-
 
 
 def recipe(settings, tile, batch):
-    """The Recipe (edge.scores) of a net trained with `settings` (config.ModeSettings) on tiles of `tile` px; the WarpRecipe
-    (edge.warp.path) of one that sees samples."""
+    """The Recipe (edge.scores) of a net trained with `settings` (config.ModeSettings) on tiles of `tile` px; that of
+    edge.glnet of one of two branches, the WarpRecipe (edge.warp.path) of one that sees samples."""
     if settings.task:
         return path.WarpRecipe(settings.resize, settings.resize_px, settings.task, settings.density, settings.radius, MEAN, STD)
-    return scores.Recipe(settings.resize, settings.resize_px, tile, settings.overlap, batch,
-                         tile if settings.fusion != "none" else 0, MEAN, STD)
+    own = scores.Recipe(settings.resize, settings.resize_px, tile, settings.overlap, batch,
+                        tile if settings.fusion != "none" else 0, MEAN, STD)
+    return glnet.Recipe(*own + (settings.merges, settings.coarse)) if settings.fusion == "maps" else own
 
 
 def torch_functions(net, device):

@@ -231,8 +231,6 @@ class Glnet(Segmentation):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
         self.stage = stage(self.config)
-        if self.stage > 1:
-            self.how = sharing.Recipe(self.recipe, self.stage == 3, self.config.coarse)
 
     @staticmethod
     def find(config, data):

@@ -109,6 +109,8 @@ class Session:
     def _device(self):
         """Who prepares pixels and decodes scores: the GPU, or the host where kernels cannot be compiled."""
         found = {name: buffer for stage in self._stages.values() for name, buffer in stage.buffers.items()}
+        if sum("pixels" in stage.buffers for stage in self._stages.values()) > 1:  # they are prepared into one net's input
+            return WarpHost()
         made, pixels = (WarpDevice, found["samples"]) if "samples" in found else (Device, found["pixels"])
         try:
             return made(self._gpu, pixels, found["scores"].host.shape[1], self.kind)

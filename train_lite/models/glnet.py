@@ -67,7 +67,7 @@ class Pyramid(nn.Module):
     def forward(self, levels, others=None):
         parts = [[None] * 4] * 4
         if others is not None:
-            sizes = [[level.shape[1], 4 * self.width, 4 * self.width, 2 * self.width] for level in levels]
+            sizes = [[int(level.shape[1]), 4 * self.width, 4 * self.width, 2 * self.width] for level in levels]
             parts = [torch.split(other, size, dim=1) for other, size in zip(others, sizes)]
         own0, above = [], None
         for level, lateral, (theirs, _, _, _) in reversed(list(zip(levels, self.lateral, parts))):
@@ -175,7 +175,7 @@ class GLNet(nn.Module):
 
     def tiles(self, pixels, maps, rows, cols):
         """Tiles of one image, its flat maps (1, M), packed matrices (n, R) of edge.glnet.crops -> (maps, deepest map) of the tiles."""
-        side = pixels.shape[2]
+        side = int(pixels.shape[2])
         return self.local.maps(pixels, moved(split(maps, side, self.channels), split(rows, side), split(cols, side)))
 
     def work(self, pixels, maps, rows, cols):
@@ -185,25 +185,25 @@ class GLNet(nn.Module):
     def merge(self, pixels, maps, rows, cols, put_rows, put_cols, merged):
         """As work(), and the flat `merged` (1, M) with the tiles' maps added at their places."""
         own, deep = self.tiles(pixels, maps, rows, cols)
-        side = pixels.shape[2]
+        side = int(pixels.shape[2])
         put = moved(own, split(put_rows, side), split(put_cols, side))
         return self.fuse_local(deep), merged + flat(put).sum(dim=0, keepdim=True)
 
     def deepen(self, pixels, merged):
         """Whole images (B, 3, p, p) and their tiles' merged maps (B, M) -> the deepest map of `whole`."""
-        return self.whole.maps(pixels, split(merged, pixels.shape[2], self.channels))[1]
+        return self.whole.maps(pixels, split(merged, int(pixels.shape[2]), self.channels))[1]
 
     def fuse(self, part, deep, rows, cols):
         """part (n, C, h, h) of work(); deep (1 or n, D, h, h) of the whole image; rows, cols (n, h * h): the first level's of
         edge.glnet.crops -> scores (n, C, h, h)."""
-        side = part.shape[2]
+        side = int(part.shape[2])
         crop, = moved([deep], [rows.reshape(-1, side, side)], [cols.reshape(-1, side, side)])
         return part + self.fuse_deep(crop)
 
     def fuse_large(self, part, deep, rows, cols):
         """fuse(), of the tiles' own size."""
         scores = self.fuse(part, deep, rows, cols)
-        return resized(scores, scores.shape[2] * STRIDES[0])
+        return resized(scores, int(scores.shape[2]) * STRIDES[0])
 
 
 def flat(maps):
