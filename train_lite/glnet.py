@@ -314,6 +314,11 @@ class Glnet(Segmentation):
         net.to(self.device)
         net.freeze()
 
+    @staticmethod
+    def later(config):
+        return [config._replace(stage=config.stage[index:], base=config.base or "that of the stage before")
+                for index in range(1, len(config.stage) if config.mode == "patch" else 0)]
+
     def following(self, path):
         """The config of the stage after the run in `path`; None after the last."""
         config = self.config

@@ -91,6 +91,7 @@ class Look:
         self.net = self._task.build(config, outputs, config.norm)
         sizes = [p.numel() * 4 / MIB for p in self.net.parameters()]
         self.weights, self.largest_weight = sum(sizes), max(sizes)
+        self.trained = sum(p.numel() * 4 / MIB for p in self.net.parameters() if p.requires_grad)
         deform, side = getattr(self.net, "deform", None), mode_settings(config).density
         self.deform_kept = _kept(deform, lambda: deform(torch.zeros((1, 3) + side)).sum())[0] if deform else 0.0
 
@@ -142,8 +143,8 @@ def _estimate(look, levers, tile_px, loader_mib):
     top = kept * scale + 2.5 * largest * scale
     deep = 0.55 * kept * scale + (2.5 if levers.tight else 4) * look.largest_weight
     samplers = levers.micro_batch * look.deform_kept  # one for every image in the micro-batch
-    return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.weights,
-            "optimizer": look.weights / 4 * STATE_BYTES[levers.optimizer],
+    return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.trained,
+            "optimizer": look.trained / 4 * STATE_BYTES[levers.optimizer],
             "activations": max(top, deep) + samplers + (30 if levers.tight else 45), "loader": loader_mib}
 
 
@@ -278,5 +279,5 @@ def _one_chunk(problem, state, peak_now):
     measured = peak_now.mib()
     if measured is None:
         return 0.0
-    weights = sum(p.numel() * p.element_size() for p in state.net.parameters()) / MIB
-    return measured + weights * STATE_BYTES[problem.config.optimizer] / 4
+    trained = sum(p.numel() * p.element_size() for p in state.net.parameters() if p.requires_grad) / MIB
+    return measured + trained * STATE_BYTES[problem.config.optimizer] / 4

@@ -74,6 +74,11 @@ class Problem:
                  for i in order[number * config.batch:(number + 1) * config.batch]]
         return self.views_to_batch(views, rng, epoch, number), rng
 
+    @staticmethod
+    def later(_config):
+        """Configs of the trainings that are to follow one, as far as memory goes."""
+        return []
+
     def adopt(self, state):
         """Begin a new State with what another run ended with."""
 

@@ -109,6 +109,7 @@ def _plan(config, pairs, classes, device):
     """Predict, print, and choose. Returns (list of (Levers to try, MiB predicted), plan.Budget). Raises OverBudget when
     none fits."""
     from train_lite import plan
+    from train_lite.problem import task
     phases.mark("plan")
     headers = [photo_header(pair.image) for pair in pairs] or [(config.res, config.res, True)]
     headers = [header for header in headers if header]
@@ -116,12 +117,15 @@ def _plan(config, pairs, classes, device):
     fitted = [fitted_size(h, w, settings.resize, settings.resize_px) for h, w, _bands in headers]
     whole = settings.task or (whole_side(config.model, max(map(max, fitted))),) * 2
     tile_px = 0 if settings.tile else whole[0] * whole[1]
-    notches, allowed = plan.ladder(config, device), plan.budget(config.budget, device)
-    predicted = plan.estimates(config, classes.outputs, tile_px, headers, device)
-    chosen = plan.choose(notches, predicted, allowed, config.smaller)
-    if config.plan:
-        print(plan.describe(notches, chosen, predicted, allowed))
-    elif chosen or config.budget:
+    allowed, found = plan.budget(config.budget, device), []
+    for one in [config] + task(config).later(config):  # refused now, not after hours of the one before
+        notches = plan.ladder(one, device)
+        predicted = plan.estimates(one, classes.outputs, tile_px, headers, device)
+        found.append((notches, predicted, plan.choose(notches, predicted, allowed, config.smaller if one is config else 0)))
+        if config.plan:
+            print(plan.describe(notches, found[-1][2], predicted, allowed))
+    notches, predicted, chosen = found[0]
+    if not config.plan and (chosen or config.budget):
         say(plan.describe(notches, chosen, predicted, allowed))
     return [(notch, plan.peak(owners)) for notch, owners in zip(notches, predicted)][chosen:], allowed
 
