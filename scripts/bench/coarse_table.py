@@ -1,12 +1,13 @@
-"""What proposals of the whole image's net save, and what they cost: one GLNet of tiles (stages 1 and 2) on the vessels of hrf_av, scored with
-several --coarse.
+"""What proposals of the whole image's net save, and what they cost: one GLNet (stages 1 and 2) on the vessels of hrf_av, scored
+with several --coarse.
 
     python scripts/bench/coarse_table.py --sets FOLDER --work FOLDER [--set hrf_av] [--coarse 0.05,0.1,0.2] [--rounds 3]
-        [--model glnet-mobilenetv2] [--res 1024] [--patch 128] [--width 8] [--epochs 6] [--threads 1] [-- further words for train_lite]
+        [--model glnet-mobilenetv2] [--res 1024] [--patch 128] [--width 8] [--epochs 6] [--seed 0] [--threads 1]
+        [-- further words for train_lite]
 
-Scored is the last epoch's net on the test images: nothing is chosen on them. Time is that of an evaluation, from stored pixels to counts, over
-that with every tile worked on in the same round: medians over rounds in turns. Skipped: tiles that the net of tiles did not see.
-A training that is finished in --work is read, not repeated."""
+Scored is the last epoch's net on the test images: nothing is chosen on them. Time is that of an evaluation, from stored pixels
+to counts, over that with every tile worked on in the same round: medians over rounds in turns. Skipped: tiles that the net of
+tiles did not see. A training that is finished in --work is read, not repeated."""
 import argparse
 import os
 import sys
@@ -48,7 +49,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", required=True, help="folder that holds the real sets")
     parser.add_argument("--work", required=True)
-    parser.add_argument("--set", choices=sorted(set(real_sets.SETS) - set(real_sets.CLASSES)), default="hrf_av", help="of one class and background")
+    parser.add_argument("--set", choices=sorted(set(real_sets.SETS) - set(real_sets.CLASSES)), default="hrf_av",
+                        help="of one class and background")
     parser.add_argument("--coarse", default="0.05,0.1,0.2", help="beside 0, every tile, which the others are held against")
     parser.add_argument("--model", default="glnet-mobilenetv2")
     for name, value in (("res", 1024), ("patch", 128), ("width", 8), ("epochs", 6), ("rounds", 3), ("seed", 0), ("threads", 1)):
@@ -73,13 +75,15 @@ def main():
         for coarse, one in found.items():
             del seen[:]
             began = time.time()
-            one["scores"] = evaluate.evaluate(net, stored, glnet.Recipe(recipe, False, coarse), len(classes.names), torch.device("cpu"))
+            one["scores"] = evaluate.evaluate(net, stored, glnet.Recipe(recipe, False, coarse), len(classes.names),
+                                              torch.device("cpu"))
             one["seconds"].append(time.time() - began)
             one["tiles"] = sum(seen)
     every = found[0.0]
-    print("%s, %d px, patch %d px, %s width %d, %d epochs of each stage, seed %d, %s; %d test images, %d tiles, %.1f s for all of them" % (
-        given.set, config.res, tile, config.model, config.width, config.epochs, config.seed, " ".join(given.rest) or "other flags at their defaults",
-        len(stored), every["tiles"], np.median(every["seconds"])))
+    print("%s, %d px, patch %d px, %s width %d, %d epochs of each stage, seed %d, %s" % (
+        given.set, config.res, tile, config.model, config.width, config.epochs, config.seed,
+        " ".join(given.rest) or "other flags at their defaults"))
+    print("%d test images, %d tiles, %.1f s for all of them" % (len(stored), every["tiles"], np.median(every["seconds"])))
     print("| coarse | F1 | IoU | time / every tile | tiles skipped |\n|---|---|---|---|---|")
     for coarse, one in found.items():
         pooled, ratio = one["scores"]["pooled"], np.median(np.array(one["seconds"]) / every["seconds"])

@@ -10,13 +10,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 def summary(out, name, words, stages=("",)):
     """What the training with the flags `words`, run folder OUT/NAME, said at its end; what it prints is in OUT/NAME.txt.
 
-    stages: what follows NAME in the run folders of a training that is made of several. Then it is what the last one said, with the seconds
-    of all and the highest peak."""
+    stages: what follows NAME in the run folders of a training that is made of several. Then it is what the last one said, with
+    the seconds of all and the highest peak."""
     os.makedirs(out, exist_ok=True)
-    runs, log = [os.path.join(os.path.abspath(out), name + stage) for stage in stages], os.path.join(out, name + ".txt")
+    runs = [os.path.join(os.path.abspath(out), name + stage) for stage in stages]
+    log = os.path.join(out, name + ".txt")
     if not os.path.exists(os.path.join(runs[-1], "summary.json")):
         begun = [run for run in runs if os.path.exists(os.path.join(run, "config.json"))]
-        flags = ["--resume", begun[-1]] if begun else ["--out", os.path.abspath(out), "--name", name] + [str(word) for word in words]
+        fresh = ["--out", os.path.abspath(out), "--name", name] + [str(word) for word in words]
+        flags = ["--resume", begun[-1]] if begun else fresh
         with open(log, "a") as handle:
             code = subprocess.call([sys.executable, "-m", "train_lite"] + flags, stdout=handle, stderr=subprocess.STDOUT,
                                    env=dict(os.environ, PYTHONPATH=ROOT))
