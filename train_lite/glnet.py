@@ -287,11 +287,12 @@ class Glnet(Segmentation):
     def calibrate(self, net):
         rng = np.random.RandomState(self.config.seed)
         chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_PATCHES // 4]]
-        batch = self.views_to_batch([self.view(stored, int(rng.choice(self.turns)), self.tile) for stored in chosen], rng, 0, 0)
-        every, loss = batch.every_patch(), self.objective(None)
+        views = [self.view(stored, int(rng.choice(self.turns)), self.tile) for stored in chosen]
+        every, loss = self.views_to_batch(views, rng, 0, 0).every_patch(), self.objective(None)
         picks = sorted(every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES])
 
         def forward():
+            batch = self.views_to_batch(views, rng, 0, 0)  # anew: it keeps what frozen branches gave, and their norms may have changed
             features = {v: batch.encoded(net, False, [v]) for v in sorted({v for v, _t in picks})} if batch.side else {}
             for pick in picks:
                 loss.kept(net, False, batch.chunk([pick], net), features.get(pick[0]))
