@@ -130,8 +130,9 @@ def new(problem):
     problem.adopt(state)
     if config.weights:
         if config.norm == "frozen":  # their own statistics, not ones measured here
-            state.frozen = norm.group_norms(state.net)
-            norm.put_frozen(state.net, state.frozen)
+            left = norm.group_norms(state.net)
+            norm.put_frozen(state.net, left)
+            state.frozen += left
         loaded = load_encoder(state.net, config.weights, config.allow_pickle)
         say("%d of %d tensors of the encoder from %s" % (loaded + (config.weights,)))
     return state
