@@ -238,7 +238,11 @@ class Glnet(Segmentation):
     def find(config, data):
         if stage(config) > 1 and not config.resume:
             demand_base(config)
-        return Segmentation.find(config, data)
+        pairs, classes = Segmentation.find(config, data)
+        if config.coarse and classes.outputs != 1:
+            raise UsageError("--coarse %g: proposals are for sets of one class and background; this one has %d classes. Leave --coarse "
+                             "out" % (config.coarse, classes.outputs))
+        return pairs, classes
 
     def view(self, stored, turn, tile):
         return TileView(stored, turn, tile, self.settings.overlap)
@@ -257,9 +261,6 @@ class Glnet(Segmentation):
 
     @staticmethod
     def build(config, outputs, kind):
-        if config.coarse and outputs != 1:
-            raise UsageError("--coarse %g: proposals are for sets of one class and background; this one has %d classes. Leave --coarse "
-                             "out" % (config.coarse, outputs))
         return glnet.build(stage(config), config.model, config.width, kind, outputs)
 
     @staticmethod
