@@ -16,6 +16,7 @@ from train_lite.deform import Seen
 from train_lite.half import apply
 from train_lite.losses import SumTable, entropy
 from train_lite.models import glnet
+from train_lite.models.recompute import recompute
 from train_lite.patches import Batch, View
 from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
 
@@ -314,6 +315,8 @@ class Glnet(Segmentation):
         else:
             net.overview, net.local, net.fuse_local, net.fuse_deep = base.overview, base.local, base.fuse_local, base.fuse_deep
             glnet.begin_whole(net)
+            if self.config.recompute:  # a new encoder
+                recompute(net.encoder)
             state.frozen = meta["frozen"] + [name.replace("overview.", "whole.", 1) for name in meta["frozen"] if name.startswith("overview.")]
         net.to(self.device)
         net.freeze()
