@@ -16,6 +16,7 @@ from train_lite.deform import Seen
 from train_lite.half import apply
 from train_lite.losses import SumTable, entropy
 from train_lite.models import glnet
+from train_lite.models.recompute import recompute
 from train_lite.patches import Batch, View
 from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
 
@@ -236,7 +237,11 @@ class Glnet(Segmentation):
     def find(config, data):
         if stage(config) > 1 and not config.resume:
             demand_base(config)
-        return Segmentation.find(config, data)
+        pairs, classes = Segmentation.find(config, data)
+        if config.coarse and classes.outputs != 1:
+            raise UsageError("--coarse %g: proposals are for sets of one class and background; this one has %d classes. Leave --coarse "
+                             "out" % (config.coarse, classes.outputs))
+        return pairs, classes
 
     def view(self, stored, turn, tile):
         return TileView(stored, turn, tile, self.settings.overlap)
@@ -255,9 +260,6 @@ class Glnet(Segmentation):
 
     @staticmethod
     def build(config, outputs, kind):
-        if config.coarse and outputs != 1:
-            raise UsageError("--coarse %g: proposals are for sets of one class and background; this one has %d classes. Leave --coarse "
-                             "out" % (config.coarse, outputs))
         return glnet.build(stage(config), config.model, config.width, kind, outputs)
 
     @staticmethod
@@ -285,11 +287,12 @@ class Glnet(Segmentation):
     def calibrate(self, net):
         rng = np.random.RandomState(self.config.seed)
         chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_PATCHES // 4]]
-        batch = self.views_to_batch([self.view(stored, int(rng.choice(self.turns)), self.tile) for stored in chosen], rng, 0, 0)
-        every, loss = batch.every_patch(), self.objective(None)
+        views = [self.view(stored, int(rng.choice(self.turns)), self.tile) for stored in chosen]
+        every, loss = self.views_to_batch(views, rng, 0, 0).every_patch(), self.objective(None)
         picks = sorted(every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES])
 
         def forward():
+            batch = self.views_to_batch(views, rng, 0, 0)  # anew: it keeps what frozen branches gave, and their norms may have changed
             features = {v: batch.encoded(net, False, [v]) for v in sorted({v for v, _t in picks})} if batch.side else {}
             for pick in picks:
                 loss.kept(net, False, batch.chunk([pick], net), features.get(pick[0]))
@@ -310,6 +313,8 @@ class Glnet(Segmentation):
         else:
             net.overview, net.local, net.fuse_local, net.fuse_deep = base.overview, base.local, base.fuse_local, base.fuse_deep
             glnet.begin_whole(net)
+            if self.config.recompute:  # a new encoder
+                recompute(net.encoder)
             state.frozen = meta["frozen"] + [name.replace("overview.", "whole.", 1) for name in meta["frozen"] if name.startswith("overview.")]
         net.to(self.device)
         net.freeze()

@@ -57,11 +57,12 @@ class Optimizer:
                     self._encode(state, key, part, moment)
 
     def restore(self, moments, steps):
-        """Take over from a checkpoint: a dict of moments per parameter, in order, written by either AdamW."""
+        """Take over from a checkpoint: a dict of moments per parameter, in order, written by either AdamW; empty where there are none."""
         self.steps = steps
         for parameter, moment in zip(self.net.parameters(), moments):
-            moment = {key: value.to(parameter.device) for key, value in moment.items()}
-            self.moments[parameter] = self._form(parameter, moment)
+            if moment:
+                moment = {key: value.to(parameter.device) for key, value in moment.items()}
+                self.moments[parameter] = self._form(parameter, moment)
 
     def _codes(self, parameter):
         return self.kind == "adamw8" and parameter.dim() > 1

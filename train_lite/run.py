@@ -38,7 +38,7 @@ def main(argv):
         while config:  # one training after another, of nets that are made of several
             config = _train(config, run, device)
             run = config and RunFolder(os.path.join(config.out, config.name))
-            config, run = _stored(run, config._replace(resume=run.path)) if run and os.path.isfile(run.config) else (config, None)
+            config, run = _begun(run, config) if run and os.path.isfile(run.config) else (config, None)
         return 0
     except (MemoryError, RuntimeError) as exc:
         if not out_of_memory(exc):
@@ -94,6 +94,14 @@ def _stored(run, flags):
     """The config of a run that was begun, and its RunFolder."""
     config = TrainConfig()._replace(**from_json(run.config, TrainConfig._field_defaults, CHOICES))
     return config._replace(resume=flags.resume, json=flags.json, debug=flags.debug, smaller=flags.smaller), run
+
+
+def _begun(run, config):
+    """As _stored(), of the training `config` that follows another. Raises UsageError where another run has its name."""
+    stored, _run = found = _stored(run, config._replace(resume=run.path))
+    if stored.stage != config.stage or os.path.realpath(stored.base) != os.path.realpath(config.base):
+        raise UsageError("the run %s exists and does not go on from %s. Move it away, then go on: --resume %s" % (run.path, config.base, config.base))
+    return found
 
 
 def _data_folder(config):

@@ -97,14 +97,15 @@ def _demand_classes(problem, meta, path):
 
 
 def _moments(state, tensors, kind):
-    """The optimizer's moments in a checkpoint: a dict per parameter, in order; [] before its first
-    step, or when the optimizer `kind` has none."""
+    """The optimizer's moments in a checkpoint: a dict per parameter, in order, empty of those that are not trained; [] before
+    its first step, or when the optimizer `kind` has none."""
     by_name = {}
     for key, value in tensors.items():
         if key.startswith("adamw."):
             _, part, name = key.split(".", 2)
             by_name.setdefault(name, {})[part] = torch.from_numpy(value)
-    return [] if kind == "sgd" or not by_name else [by_name[name] for name, _ in state.net.named_parameters()]
+    return [] if kind == "sgd" or not by_name else [
+        by_name[name] if parameter.requires_grad else {} for name, parameter in state.net.named_parameters()]
 
 
 def build_net(config, classes, frozen=()):
@@ -129,8 +130,9 @@ def new(problem):
     problem.adopt(state)
     if config.weights:
         if config.norm == "frozen":  # their own statistics, not ones measured here
-            state.frozen = norm.group_norms(state.net)
-            norm.put_frozen(state.net, state.frozen)
+            left = norm.group_norms(state.net)
+            norm.put_frozen(state.net, left)
+            state.frozen += left
         loaded = load_encoder(state.net, config.weights, config.allow_pickle)
         say("%d of %d tensors of the encoder from %s" % (loaded + (config.weights,)))
     return state
