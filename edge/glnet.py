@@ -109,27 +109,22 @@ def score_bands(picture, recipe, net, lap=lambda stage: None, pixels=None):
             lap("run")
         deep = net.deepen(small, merged)
         lap("run")
-    chosen = set(map(tuple, worked))
+    chosen, first_level = set(map(tuple, worked)), (tile // STRIDES[0]) ** 2
 
     def of_row(row):
         lap("blend")
-        fine = {}
-        for chunk, ready in _prepared(view, [box for box in row if tuple(box) in chosen], recipe, lap, pixels, read=not recipe.merges):
-            rows, cols = crops(chunk, view.height, view.width, tile)
-            part = np.stack([parts.pop(tuple(box)) for box in chunk]) if recipe.merges else net.work(ready, maps, rows, cols)
-            first = (tile // STRIDES[0]) ** 2
-            fine.update(zip(map(tuple, chunk), np.array(net.fuse(part, deep, rows[:, :first], cols[:, :first]))))
-            lap("run")
-        for box in row:
-            yield fine[tuple(box)] if tuple(box) in fine else _enlarged(rough[0], box, view)
+        for first in range(0, len(row), recipe.batch):
+            some = [box for box in row[first:first + recipe.batch] if tuple(box) in chosen]
+            fine = iter(())
+            for chunk, ready in _prepared(view, some, recipe, lap, pixels, read=not recipe.merges):  # one, or none
+                rows, cols = crops(chunk, view.height, view.width, tile)
+                part = np.stack([parts.pop(tuple(box)) for box in chunk]) if recipe.merges else net.work(ready, maps, rows, cols)
+                fine = iter(net.fuse(part, deep, rows[:, :first_level], cols[:, :first_level]))
+                lap("run")
+            for box in row[first:first + recipe.batch]:
+                yield next(fine) if tuple(box) in chosen else _enlarged(rough[0], box, view)
 
-    resize = (view.height, view.width) != (picture.height, picture.width)
-    canvas = pixels.canvas(laid, (picture.height, picture.width) if resize else None)
-    bands = tiles.stitch(laid, of_row, canvas)
-    if resize:
-        bands = pixels.at_size(bands, canvas, picture.height, picture.width)
-    for band in bands:
-        lap("blend")
+    for band in scores.blended(picture, laid, of_row, lap, pixels):
         yield band
 
 

@@ -42,9 +42,15 @@ def score_bands(picture, recipe, encode, score, lap=lambda stage: None, pixels=N
         overview = encode(ready)
         lap("run")
     laid = tiles.plan(view.height, view.width, recipe.tile, recipe.overlap)
-    resize = (view.height, view.width) != (picture.height, picture.width)
+    for band in blended(picture, laid, lambda boxes: _tile_scores(view, boxes, recipe, overview, score, lap, pixels), lap, pixels):
+        yield band
+
+
+def blended(picture, laid, scores_of, lap, pixels):
+    """As score_bands(), of the scores of the tiles of `laid`, as tiles.stitch takes them: brought to the size of `picture`."""
+    resize = (laid.height, laid.width) != (picture.height, picture.width)
     canvas = pixels.canvas(laid, (picture.height, picture.width) if resize else None)
-    bands = tiles.stitch(laid, lambda boxes: _tile_scores(view, boxes, recipe, overview, score, lap, pixels), canvas)
+    bands = tiles.stitch(laid, scores_of, canvas)
     if resize:
         bands = pixels.at_size(bands, canvas, picture.height, picture.width)
     for band in bands:

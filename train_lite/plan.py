@@ -3,6 +3,7 @@
 The estimate needs no training: parameters are counted, activations are those that autograd keeps of small tiles, times
 the area of all tiles in memory together; docs/measured.md holds it against measured peaks."""
 import ctypes
+import gc
 import json
 import math
 import os
@@ -215,6 +216,15 @@ def tighten():
     where the C library has no mallopt."""
     try:
         ctypes.CDLL(None).mallopt(-3, TIGHT_BYTES)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
+def trim():
+    """Give the system back what was freed. Without effect where the C library has no malloc_trim."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         pass
 

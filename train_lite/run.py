@@ -119,6 +119,7 @@ def _plan(config, pairs, classes, device):
     from train_lite import plan
     from train_lite.problem import task
     phases.mark("plan")
+    plan.trim()  # what the training before this one held
     headers = [photo_header(pair.image) for pair in pairs] or [(config.res, config.res, True)]
     headers = [header for header in headers if header]
     settings = mode_settings(config)
