@@ -87,7 +87,7 @@ def _resumed(flags, argv):
     extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in OWN_WORDS]
     if extra:
         raise UsageError("--resume takes all settings from the run; leave out %s, or start a new run" % " ".join(extra))
-    return _stored(RunFolder(os.path.realpath(flags.resume)) if os.path.islink(flags.resume) else run, flags)
+    return _stored(RunFolder(os.path.realpath(run.path)) if os.path.islink(run.path) else run, flags)
 
 
 def _stored(run, flags):

@@ -17,7 +17,7 @@ class RunFolder:
     """Paths and logs of one run."""
 
     def __init__(self, path):
-        self.path = path
+        self.path = path = os.path.normpath(path)  # of runs/train/NAME/ too: its last part is its name
         self.config, self.last, self.best = (os.path.join(path, name) for name in (
             "config.json", "last.safetensors", "best.safetensors"))
         self.rows = []
