@@ -224,6 +224,9 @@ def check(config):
                              % (config.sampler, config.mode))
     if config.model not in GLNETS and (config.stage, config.base, config.coarse) != ("123", "", 0.0):
         raise UsageError("--stage, --base and --coarse are for --model %s; this one is %s. Leave them out" % (" and ".join(GLNETS), config.model))
+    if config.coarse and "3" in config.stage:
+        raise UsageError("--coarse %g and --stage %s: whole images that see their tiles' maps need all tiles; take --stage %s"
+                         % (config.coarse, config.stage, config.stage.replace("3", "") or "2"))
     if config.model in GLNETS and config.mode == "full":
         raise UsageError("--mode full and --model %s: its two baselines are --mode down, whole images, and --mode tiled, tiles" % config.model)
     if config.model in GLNETS and stage(config) > 1 and not config.base:

@@ -8,6 +8,7 @@ import torch
 
 from edge import glnet as sharing
 from edge.errors import UsageError
+from edge.images import fitted_size, photo_header
 from edge.tiles import plan
 from edge.warp import reference
 from train_lite.config import GLNETS, mode_settings, stage
@@ -241,6 +242,9 @@ class Glnet(Segmentation):
         if config.coarse and classes.outputs != 1:
             raise UsageError("--coarse %g: proposals are for sets of one class and background; this one has %d classes. Leave --coarse "
                              "out" % (config.coarse, classes.outputs))
+        if config.mode == "patch":  # stage 1 would not see it
+            headers = [(pair.image, photo_header(pair.image)) for pair in pairs if pair.split == "train"]
+            demand_tiles(config, [(image,) + fitted_size(header[0], header[1], config.fit, config.res) for image, header in headers if header])
         return pairs, classes
 
     def view(self, stored, turn, tile):
@@ -248,13 +252,9 @@ class Glnet(Segmentation):
 
     @staticmethod
     def check(config, train):
-        settings = mode_settings(config)
-        small = [entry for entry in train if settings.fusion != "none" and min(entry.height, entry.width) < config.patch]
-        if small:
-            raise UsageError("%d of the training images, such as %s of %dx%d px, are smaller than a patch of %d px: they have no tiles "
-                             "to look at. Take a smaller --patch or a larger --res, or leave them out"
-                             % (len(small), small[0].pair.image, small[0].width, small[0].height, config.patch))
-        if config.coarse and stage(config) > 1 and not any(has_foreground(entry) for entry in train):
+        if mode_settings(config).fusion != "none":
+            demand_tiles(config, [(entry.pair.image, entry.height, entry.width) for entry in train])
+        if config.coarse and not any(has_foreground(entry) for entry in train):
             raise UsageError("--coarse %g and none of the %d training masks has any foreground: there is nothing to propose. Check "
                              "the masks, or leave --coarse out" % (config.coarse, len(train)))
 
@@ -331,15 +331,24 @@ class Glnet(Segmentation):
             return None
         name = os.path.basename(os.path.normpath(path))
         name = name[:-2] if self.stage == 2 and name.endswith("-2") else name
-        coming = config._replace(stage=config.stage[1:], base=path, name="%s-%s" % (name, config.stage[1]), resume="", smaller=0,
-                                 weights=config.weights if config.stage[1] == "2" else "")
-        return coming
+        return config._replace(stage=config.stage[1:], base=path, out=os.path.dirname(os.path.normpath(path)),
+                               name="%s-%s" % (name, config.stage[1]), resume="", smaller=0,
+                               weights=config.weights if config.stage[1] == "2" else "")
 
     def words(self):
         if self.config.mode != "patch":
             return super().words()
         return "stage %d, %s" % (self.stage, {1: "whole images at %d px", 2: "tiles of %d px beside them", 3: "whole images with tiles of %d px"}
                                  [self.stage] % self.tile)
+
+
+def demand_tiles(config, sizes):
+    """Raise UsageError where images, a list of (path, height, width), are smaller than a patch."""
+    small = [entry for entry in sizes if min(entry[1:]) < config.patch]
+    if small:
+        raise UsageError("%d of the training images, such as %s of %dx%d px at --res %d, are smaller than a patch of %d px: they have no "
+                         "tiles to look at. Take a smaller --patch or a larger --res, or leave them out"
+                         % (len(small), small[0][0], small[0][2], small[0][1], config.res, config.patch))
 
 
 def has_foreground(stored):

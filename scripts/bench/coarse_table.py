@@ -1,7 +1,7 @@
 """What proposals of the whole image's net save, and what they cost: one GLNet (stages 1 and 2) on the vessels of hrf_av, scored
 with several --coarse.
 
-    python scripts/bench/coarse_table.py --sets FOLDER --work FOLDER [--set hrf_av] [--coarse 0.05,0.1,0.2] [--rounds 3]
+    python scripts/bench/coarse_table.py --sets FOLDER --work FOLDER [--set hrf_av] [--coarse 0.1,0.2,0.3,0.4] [--rounds 3]
         [--model glnet-mobilenetv2] [--res 1024] [--patch 128] [--width 8] [--epochs 6] [--seed 0] [--threads 1]
         [-- further words for train_lite]
 
@@ -19,7 +19,6 @@ import real_sets
 from trainings import ROOT, summary
 
 sys.path.insert(0, ROOT)
-from edge import glnet  # noqa: E402
 from edge.optional import need  # noqa: E402
 from train_lite import dataset, evaluate, state, store  # noqa: E402
 from train_lite.config import micro_batch, mode_settings  # noqa: E402
@@ -51,7 +50,7 @@ def main():
     parser.add_argument("--work", required=True)
     parser.add_argument("--set", choices=sorted(set(real_sets.SETS) - set(real_sets.CLASSES)), default="hrf_av",
                         help="of one class and background")
-    parser.add_argument("--coarse", default="0.05,0.1,0.2", help="beside 0, every tile, which the others are held against")
+    parser.add_argument("--coarse", default="0.1,0.2,0.3,0.4", help="beside 0, every tile, which the others are held against")
     parser.add_argument("--model", default="glnet-mobilenetv2")
     for name, value in (("res", 1024), ("patch", 128), ("width", 8), ("epochs", 6), ("rounds", 3), ("seed", 0), ("threads", 1)):
         parser.add_argument("--" + name, type=int, default=value)
@@ -75,7 +74,7 @@ def main():
         for coarse, one in found.items():
             del seen[:]
             began = time.time()
-            one["scores"] = evaluate.evaluate(net, stored, glnet.Recipe(recipe, False, coarse), len(classes.names),
+            one["scores"] = evaluate.evaluate(net, stored, recipe._replace(coarse=coarse), len(classes.names),
                                               torch.device("cpu"))
             one["seconds"].append(time.time() - began)
             one["tiles"] = sum(seen)

@@ -38,14 +38,14 @@ def infer(path, width, patch, overlap, classes, threads):
     import numpy as np
     import torch
 
-    from edge import glnet, images, scores, tiles
+    from edge import glnet, images, tiles
     from jetson.memory import peak_rss_mib
     from train_lite import evaluate
     from train_lite.models.glnet import build
     from train_lite.patches import MEAN, STD
     torch.set_num_threads(threads)
     net = build(3, "glnet", width, "group", classes)
-    recipe = glnet.Recipe(scores.Recipe("none", 0, patch, overlap, 1, patch, MEAN, STD), True, 0.0)
+    recipe = glnet.Recipe("none", 0, patch, overlap, 1, patch, MEAN, STD, True, 0.0)
     picture, loaded, began, rows = images.open_photo(path), peak_rss_mib(), time.time(), 0
     for _y0, band in glnet.score_bands(picture, recipe, evaluate.Branches(net, torch.device("cpu"))):
         assert np.isfinite(band).all()
