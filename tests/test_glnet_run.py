@@ -22,6 +22,7 @@ from train_lite.config import TrainConfig, mode_settings
 from train_lite.dataset import Classes
 from train_lite.models import glnet
 
+PLAN = ["--model", "glnet", "--width", 16, "--res", 512, "--patch", 128, "--plan"]
 STAGES = {"2": ["overview", "local", "fusion"], "3": ["overview", "local", "whole", "fusion"]}
 
 
@@ -163,3 +164,12 @@ def test_a_model_without_one_of_its_files_is_refused(trained, tmp_path):
             shutil.copy(str(trained / "3" / name), str(tmp_path / name))
     done = command("edge.cli", "--engine", tmp_path / "model.onnx", "--input", trained / "set" / "images")
     assert done.returncode == 5 and "model.whole.onnx is missing" in done.stderr
+
+
+def test_a_plan_looks_at_all_stages(tmp_path):
+    done = command("train_lite", *PLAN, "--budget", "8GB", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak")]
+    assert len(peaks) == 3 and peaks[0] < peaks[1] < peaks[2] and "then stage 3: budget" in done.stdout
+    done = command("train_lite", *PLAN, "--stage", "12", "--budget", "8GB", cwd=tmp_path)
+    assert done.stdout.count("budget") == 2

@@ -321,7 +321,7 @@ class Glnet(Segmentation):
 
     @staticmethod
     def later(config):
-        return [config._replace(stage=config.stage[index:], base=config.base or "that of the stage before")
+        return [("stage " + config.stage[index], config._replace(stage=config.stage[index:], base=config.base or "the stage before"))
                 for index in range(1, len(config.stage) if config.mode == "patch" else 0)]
 
     def following(self, path):

@@ -76,7 +76,7 @@ class Problem:
 
     @staticmethod
     def later(_config):
-        """Configs of the trainings that are to follow one, as far as memory goes."""
+        """(words, config) of the trainings that are to follow one, as far as memory goes."""
         return []
 
     def adopt(self, state):

@@ -127,12 +127,12 @@ def _plan(config, pairs, classes, device):
     whole = settings.task or (whole_side(config.model, max(map(max, fitted))),) * 2
     tile_px = 0 if settings.tile else whole[0] * whole[1]
     allowed, found = plan.budget(config.budget, device), []
-    for one in [config] + task(config).later(config):  # refused now, not after hours of the one before
+    for words, one in [("", config)] + task(config).later(config):  # refused now, not after hours of the one before
         notches = plan.ladder(one, device)
         predicted = plan.estimates(one, classes.outputs, tile_px, headers, device)
         found.append((notches, predicted, plan.choose(notches, predicted, allowed, config.smaller if one is config else 0)))
         if config.plan:
-            print(plan.describe(notches, found[-1][2], predicted, allowed))
+            print("%s%s" % ("then %s: " % words if words else "", plan.describe(notches, found[-1][2], predicted, allowed)))
     notches, predicted, chosen = found[0]
     if not config.plan and (chosen or config.budget):
         say(plan.describe(notches, chosen, predicted, allowed))
