@@ -1,18 +1,29 @@
 """GLNet: crops and merges against whole tensors, each stage's gradient against plain autograd, the command, what is worked on."""
+import json
+import os
+import shutil
+import signal
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
+from conftest import ROOT, command, peaks_kib, write_set
 from edge import glnet as sharing
 from edge import images, tiles
 from edge.images import ArrayPicture
+from edge.scores import Recipe
+from train_lite import checkpoint, loop, state
 from train_lite.config import ModeSettings
 from train_lite.dataset import IGNORE, Pair
+from train_lite.evaluate import Branches
 from train_lite.glnet import GlobalBatch, SharedBatch, Stage1Loss, Stage2Loss, Stage3Loss, TileBatch, TileView
 from train_lite.gradient import Gradient
-from train_lite.models import glnet
+from train_lite.models import glnet, norm
 from train_lite.patches import MEAN, STD
+from train_lite.run import main
 
 MODELS = ["glnet-mobilenetv2", "glnet"]
 KINDS = ("backbone", "ps0", "ps1", "ps2")
@@ -338,3 +349,462 @@ def test_frozen_branches_stay_as_they_are(stage, norm):
     for branch, kept in zip(frozen, before):
         assert all(torch.equal(value, kept[name]) for name, value in branch.state_dict().items())
         assert all(p.grad is None and not p.requires_grad for p in branch.parameters())
+
+
+def test_a_new_whole_branch_gives_the_overviews_scores():
+    """Whatever the tiles' maps hold: nothing of them is heard yet."""
+    for model in MODELS:
+        net = seeded(3, model, 3).eval()
+        glnet.begin_whole(net)
+        small = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+        with torch.no_grad():
+            maps, deep, rough = net.look(small)
+            for total in (torch.zeros_like(maps), torch.randn(*maps.shape).double()):
+                begun = net.deepen(small, total)
+                assert close(begun, deep, 1e-12) and close(net.whole.classify(begun), rough, 1e-12)
+        net.freeze()
+        assert all(p.requires_grad for p in net.whole.parameters()), "its layers are its own"
+        assert not any(p.requires_grad for p in net.overview.parameters())
+
+
+# --- what is worked on ----------------------------------------------------------------------------------------------
+
+class Spy:
+    """A net for edge.glnet.score_bands in numpy: a tile's score is its first colour, the whole image's are `rough`."""
+
+    def __init__(self, rough, batch):
+        self.rough, self.batch, self.maps, self.deep, self.deeper = rough, batch, object(), object(), object()
+        self.looked, self.seen, self.counts, self.fused, self.total, self.deepened = [], [], [], [], None, 0
+
+    def look(self, pixels):
+        self.looked.append(pixels.copy())
+        return self.maps, self.deep, self.rough[None]
+
+    def work(self, pixels, maps, rows, cols):
+        assert maps is self.maps and len(pixels) == len(rows) == len(cols) <= self.batch
+        self.seen += [one.tobytes() for one in pixels]
+        self.counts.append(len(pixels))
+        more = [pixels[:1, :1]] * (self.batch - len(pixels))  # as a backend of a fixed batch
+        return np.concatenate([pixels[:, :1]] + more)
+
+    def merge(self, pixels, maps, rows, cols, put_rows, put_cols, total):
+        assert total is self.total and len(put_rows) == len(put_cols) == len(pixels)
+        self.total = object()
+        return self.work(pixels, maps, rows, cols), self.total
+
+    def deepen(self, pixels, total):
+        assert total is self.total is not None and (pixels == self.looked[0]).all()
+        self.deepened += 1
+        return self.deeper
+
+    def fuse(self, part, deep, rows, cols):
+        assert deep is (self.deeper if self.deepened else self.deep) and len(part) >= len(rows)
+        self.fused += [(down.copy(), across.copy()) for down, across in zip(rows, cols)]
+        return part
+
+
+def recipe_of(tile, overlap, batch, merges=False, coarse=0.0, resize="none", px=0):
+    return sharing.Recipe(Recipe(resize, px, tile, overlap, batch, tile, MEAN, STD), merges, coarse)
+
+
+def noise(height, width):
+    return np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def gathered(bands, height, width):
+    """The rows of bands that come in order and cover an image."""
+    found, at = [], 0
+    for y0, band in bands:
+        assert y0 == at and band.shape[2] == width
+        found.append(band.copy())
+        at += band.shape[1]
+    assert at == height
+    return np.concatenate(found, 1)
+
+
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("height, width, tile, overlap, batch", [(150, 200, 64, 16, 3), (64, 64, 64, 0, 4), (40, 130, 64, 20, 2)])
+def test_every_tile_is_worked_on_once(height, width, tile, overlap, batch, merges):
+    image = noise(height, width)
+    net, recipe = Spy(np.zeros((1, tile // 4, tile // 4), np.float32), batch), recipe_of(tile, overlap, batch, merges)
+    got = gathered(sharing.score_bands(ArrayPicture(image), recipe, net), height, width)
+    assert np.abs(got - images.normalise(image, MEAN, STD)[:1]).max() < 1e-5
+    laid = tiles.plan(height, width, tile, overlap)
+    boxes, picture = laid.boxes(), ArrayPicture(image)
+    windows = [images.normalise(picture.window(*box), MEAN, STD) for box in boxes]
+    assert net.seen == [window.tobytes() for window in windows], "each once, in order"
+    across = len(boxes) if merges else len(laid.xs)
+    row = [batch] * (across // batch) + [across % batch] * (across % batch > 0)
+    assert net.counts == row * (len(boxes) // across) and net.deepened == merges and len(net.looked) == 1
+    first = (tile // 4) ** 2
+    for (down, aside), one, other in zip(net.fused, *sharing.crops(boxes, height, width, tile)):
+        assert (down == one[:first]).all() and (aside == other[:first]).all()
+    small = images.normalise(images.whole(images.resized(picture, tile, tile)), MEAN, STD)
+    assert (net.looked[0] == small).all()
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_pictures_of_another_size(merges):
+    """Tiles are of the picture at the recipe's size, scores of the picture's own."""
+    image = noise(90, 150)
+    net = Spy(np.zeros((1, 8, 8), np.float32), 4)
+    got = gathered(sharing.score_bands(ArrayPicture(image), recipe_of(32, 8, 4, merges, resize="long", px=100), net), 90, 150)
+    view = ArrayPicture(images.whole(images.resized(ArrayPicture(image), 60, 100)))
+    assert len(net.seen) == len(tiles.plan(60, 100, 32, 8).boxes()) == len(set(net.seen))
+    want = ArrayPicture(np.moveaxis(images.normalise(view.array, MEAN, STD)[:1], 0, 2).copy())
+    assert np.abs(got - np.moveaxis(images.whole(images.resized(want, 90, 150)), 2, 0)).max() < 1e-5
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("height, width, coarse, spots", [
+    (200, 330, 0.3, [(3, 5, 0.4), (12, 9, 0.29), (15, 15, 0.9)]), (128, 128, 0.5, [(0, 15, 0.5)]), (150, 100, 0.01, [])])
+def test_only_tiles_with_foreground_are_worked_on(height, width, coarse, spots, merges):
+    tile, overlap, batch = 64, 16, 3
+    image, rough = noise(height, width), np.random.RandomState(1).uniform(-9, -6, (1, 16, 16)).astype(np.float32)
+    for y, x, likely in spots:
+        rough[0, y, x] = np.log(likely / (1 - likely))
+    laid = tiles.plan(height, width, tile, overlap)
+    boxes = laid.boxes()
+    chosen = []
+    for box in boxes:
+        rows, cols = relative_box(box, height, width, 16)
+        chosen.append(bool((sigmoid(rough[0])[rows, cols] >= coarse).any()))
+    assert sharing.proposed(boxes, laid, rough, coarse).tolist() == chosen and sum(chosen) < len(boxes) and bool(spots) == any(chosen)
+    assert sharing.proposed(boxes, laid, rough, 0.0).all()
+    net, picture = Spy(rough, batch), ArrayPicture(image)
+    got = gathered(sharing.score_bands(picture, recipe_of(tile, overlap, batch, merges, coarse), net), height, width)
+    windows = [images.normalise(picture.window(*box), MEAN, STD) for box in boxes]
+    assert net.seen == [window.tobytes() for window, yes in zip(windows, chosen) if yes]
+    assert net.deepened == (merges and any(chosen))
+    spread = enlarged(torch.from_numpy(rough[None]), height, width)[0].numpy()
+    covered, near = np.zeros((height, width), bool), np.zeros((height, width), bool)
+    for (y0, x0, y1, x1), yes in zip(boxes, chosen):
+        (covered if yes else near)[y0:y1, x0:x1] = True
+    assert np.abs(got - spread)[:, ~covered].max() < 1e-5, "where no tile is worked on"
+    if any(chosen):
+        assert np.abs(got - images.normalise(image, MEAN, STD)[:1])[:, ~near].max() < 1e-5, "where all are"
+
+
+@pytest.mark.parametrize("stage, outputs, coarse", [(2, 3, 0.0), (3, 1, 0.0), (2, 1, 0.5)])
+def test_scores_of_a_picture_are_the_transcriptions(stage, outputs, coarse):
+    """The path of training's evaluation, in float32."""
+    net, image = seeded(stage, outputs=outputs).eval(), noise(150, 90)
+    laid = tiles.plan(150, 90, 64, 20)
+    boxes, picture = laid.boxes(), ArrayPicture(image)
+    small = pixels([images.whole(images.resized(picture, 64, 64))])
+    with torch.no_grad():
+        want = Transcribed(net, small, pixels([picture.window(*box) for box in boxes]), boxes, 150, 90)
+        if coarse:  # foreground in some tiles only
+            net.overview.classify.bias -= want.rough[:, :, 8:, 8:].max() + 1e-3
+            want.rough -= want.rough[:, :, 8:, 8:].max() + 1e-3
+    scores, spread = enlarged(want.scores, 64, 64).numpy(), enlarged(want.rough, 150, 90)[0].numpy()
+    worked = sharing.proposed(boxes, laid, want.rough[0].numpy(), coarse)
+    assert worked.all() if not coarse else worked.any() and not worked.all()
+    by_box = {tuple(box): one if yes else spread[:, box[0]:box[2], box[1]:box[3]] for box, one, yes in zip(boxes, scores, worked)}
+    want_bands = tiles.stitch(laid, lambda row: [by_box[tuple(box)] for box in row])
+    want_scores = gathered(want_bands, 150, 90)
+    got = gathered(sharing.score_bands(picture, recipe_of(64, 20, 2, stage == 3, coarse), Branches(net.float(), torch.device("cpu"))), 150, 90)
+    assert np.abs(got - want_scores).max() < 1e-4 * max(1, np.abs(want_scores).max())
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+TINY = ["--res", 64, "--patch", 32, "--overlap", 8, "--model", "glnet-mobilenetv2", "--width", 4, "--threads", 1, "--out", "runs"]
+NEW = ["--data", "set", "--epochs", 2] + TINY
+
+# Becomes the training's sitecustomize: it ends the first one in the second stage's second step.
+KILLED = """
+import os, signal
+if b"train_lite.run" in open("/proc/self/cmdline", "rb").read() and not os.path.exists(%(mark)r):
+    from train_lite import loop
+    real = loop.step
+    def step(problem, run, state, gradient, loss):
+        if problem.stage == 2 and state.step == 1:
+            open(%(mark)r, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(problem, run, state, gradient, loss)
+    loop.step = step
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a set, one of black masks, and the three runs of an undisturbed training, ref."""
+    folder = tmp_path_factory.mktemp("glnet")
+    write_set(folder / "set", count=3, height=96, width=72)
+    write_set(folder / "blank", count=3, height=96, width=72, classes=1)
+    done = command("train_lite", *NEW + ["--name", "ref", "--json"], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "summary").write_text(done.stdout)
+    (folder / "said").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture()
+def here(place, monkeypatch):
+    """here(*words): the training in this process, in the folder of `place`; returns its exit code."""
+    monkeypatch.chdir(str(place))
+    monkeypatch.setattr("train_lite.glnet.CALIBRATION_PATCHES", 4)  # norms are measured one by one
+    return lambda *words: main([str(word) for word in words])
+
+
+def tensors(folder, name, file="last"):
+    return checkpoint.read(str(folder / "runs" / name / (file + ".safetensors")))
+
+
+def same_bits(one, other):
+    return sorted(one) == sorted(other) and len(one) > 10 and all(one[key].tobytes() == other[key].tobytes() for key in one)
+
+
+def branch(found, name):
+    """{name: tensor} of one branch of a net."""
+    first = "net.%s." % name
+    return {key[len(first):]: value for key, value in found.items() if key.startswith(first)}
+
+
+def files(folder, name):
+    """{path: bytes} of a run, without what is of the last command."""
+    return {str(path): path.read_bytes() for path in (folder / "runs" / name).rglob("*")
+            if path.is_file() and path.name not in ("summary.json", "config.json")}
+
+
+def test_three_stages_by_one_command(place):
+    summary = json.loads((place / "summary").read_text())
+    assert summary["run"] == "runs/ref-3" and summary["steps"] == 4, "one object, of the last"
+    said = (place / "said").read_text()
+    assert [said.count(words) for words in ("stage 1, whole", "stage 2, tiles", "stage 3, whole", "done in")] == [1, 1, 1, 3]
+    runs = ["ref", "ref-2", "ref-3"]
+    assert sorted(os.listdir(str(place / "runs")))[:4] == ["last"] + runs and os.readlink(str(place / "runs" / "last")) == "ref-3"
+    (one, _), (two, _), (three, meta) = (tensors(place, name) for name in runs)
+    best, best2 = (tensors(place, name, "best")[0] for name in runs[:2])
+    assert same_bits(branch(two, "overview"), branch(best, "branch")) and same_bits(branch(three, "overview"), branch(best, "branch"))
+    assert same_bits(branch(three, "local"), branch(best2, "local")) and not same_bits(branch(three, "whole"), branch(best, "branch"))
+    assert not any(".overview." in key for key in list(two) + list(three) if key.startswith("adamw"))
+    assert not any(".local." in key for key in three if key.startswith("adamw")) and meta["step"] == 4
+    assert any("fuse_deep" in key for key in three if key.startswith("adamw"))
+    rates = [[json.loads(line)["lr"] for line in (place / "runs" / name / "log.jsonl").read_text().splitlines()] for name in runs]
+    assert np.allclose(rates[1], 0.4 * np.array(rates[0])) and rates[2] == rates[0], "5e-5, 2e-5 and 5e-5 as published"
+
+
+def test_resume_when_all_is_done_changes_nothing(place, here, capsys):
+    before, names = {name: files(place, name) for name in ("ref", "ref-2", "ref-3")}, os.listdir(str(place / "runs"))
+    for folder in ("runs/ref", "runs/ref/"):
+        assert here("--resume", folder, "--json") == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["run"] == "runs/ref-3" and err.count("done in 0 s") == 3 and "epoch" not in err.replace("2 epochs", "")
+    assert os.listdir(str(place / "runs")) == names
+    for name in before:
+        assert files(place, name) == before[name], name
+
+
+def test_killed_in_the_second_stage(place, tmp_path):
+    """The supervisor goes on in that stage's run, and then with the third."""
+    (tmp_path / "sitecustomize.py").write_text(KILLED % {"mark": str(tmp_path / "mark")})
+    done = command("train_lite", *NEW + ["--name", "killed", "--json", "--save-every", 0], cwd=place,
+                   env={"PYTHONPATH": str(tmp_path) + os.pathsep + ROOT})
+    assert done.returncode == 0 and (tmp_path / "mark").exists(), done.stderr
+    assert "the training was killed" in done.stderr and "going on after step 1" in done.stderr
+    assert json.loads(done.stdout)["run"] == "runs/killed-3"
+    for end in ("", "-2", "-3"):
+        assert same_bits(tensors(place, "killed" + end)[0], tensors(place, "ref" + end)[0]), end
+
+
+def test_interrupted_in_the_second_stage(place, here, monkeypatch, capsys):
+    """Gone on with from the first stage's folder."""
+    real = loop.step
+
+    def step(problem, run, state, gradient, loss):
+        real(problem, run, state, gradient, loss)
+        if problem.stage == 2 and state.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "step", step)
+        assert here(*NEW + ["--name", "stopped"]) == 130
+    assert "--resume runs/stopped-2" in capsys.readouterr().err and not (place / "runs" / "stopped-3").exists()
+    assert tensors(place, "stopped-2")[1]["step"] == 1
+    assert here("--resume", "runs/stopped") == 0
+    for end in ("", "-2", "-3"):
+        assert same_bits(tensors(place, "stopped" + end)[0], tensors(place, "ref" + end)[0]), end
+
+
+def test_stages_by_themselves(place, here, capsys):
+    """--stage 12 ends with the second; a third that begins with it, and a second with ref, end as ref's."""
+    assert here(*NEW + ["--stage", 12, "--name", "two", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "runs/two-2" and not (place / "runs" / "two-3").exists()
+    assert here(*NEW + ["--stage", 3, "--base", "runs/two-2", "--name", "third"]) == 0
+    assert here(*NEW + ["--stage", 2, "--base", "runs/ref", "--name", "second"]) == 0
+    assert sorted(name for name in os.listdir(str(place / "runs")) if name[:5] in ("third", "secon")) == ["second", "third"]
+    for name, reference in (("third", "ref-3"), ("second", "ref-2")):
+        assert same_bits(tensors(place, name)[0], tensors(place, reference)[0]), name
+
+
+@pytest.mark.parametrize("mode", ["down", "tiled"])
+def test_baselines(mode, place, here, capsys):
+    """One net, scored at full size, that no later stage begins with."""
+    assert here(*NEW + ["--mode", mode, "--name", mode, "--epochs", 1, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["run"] == "runs/" + mode and "mode " + mode in err and not (place / "runs" / (mode + "-2")).exists()
+    net, config, _classes, tile, _meta = state.restore(str(place / "runs" / mode / "best.safetensors"))
+    assert isinstance(net, glnet.Alone) and tile == 32 and config.mode == mode
+    assert here(*NEW + ["--stage", 2, "--base", "runs/" + mode]) == 2
+    assert "--mode %s; expected patch" % mode in capsys.readouterr().err
+
+
+def test_norms_freeze_in_every_stage(place, here, capsys):
+    assert here(*NEW + ["--epochs", 1, "--freeze-at", 0.5, "--name", "frozen"]) == 0
+    assert capsys.readouterr().err.count("51 norms are frozen") == 2, "the third stage begins with those of the first"
+    for end, count in (("", 1), ("-2", 2), ("-3", 3)):
+        net, _config, _classes, _tile, meta = state.restore(str(place / "runs" / ("frozen" + end) / "best.safetensors"))
+        assert norm.group_norms(net) == [] and len(set(meta["frozen"])) == len(meta["frozen"]) == 51 * count
+    assert here("--resume", "runs/frozen-3") == 0
+
+
+def test_batch_norms(place, here):
+    """Those of frozen branches keep the statistics that the stage before measured."""
+    assert here(*NEW + ["--norm", "batch", "--epochs", 1, "--name", "batch"]) == 0
+    best = [branch(tensors(place, name, "best")[0], part) for name, part in (("batch", "branch"), ("batch-2", "local"))]
+    last = tensors(place, "batch-3")[0]
+    assert any(key.endswith("running_mean") for key in best[0])
+    assert same_bits(branch(last, "overview"), best[0]) and same_bits(branch(last, "local"), best[1])
+
+
+def test_pretrained_weights_with_frozen_norms(place, here, capsys):
+    """They begin both branches of their own encoder; the third has the first's."""
+    torch.manual_seed(1)
+    encoder = glnet.MobileNetLevels(4, "batch")
+    checkpoint.write(str(place / "encoder.safetensors"), {name: value.numpy() for name, value in encoder.state_dict().items()}, {})
+    assert here(*NEW + ["--norm", "frozen", "--weights", "encoder.safetensors", "--epochs", 1, "--name", "given"]) == 0
+    assert capsys.readouterr().err.count("tensors of the encoder from encoder.safetensors") == 2
+    given = encoder.features[0][1].running_mean.numpy()
+    third = tensors(place, "given-3")[0]
+    for name in ("overview", "local", "whole"):
+        assert np.array_equal(branch(third, name)["encoder.features.0.1.running_mean"], given)
+    state.restore(str(place / "runs" / "given-3" / "last.safetensors"))
+
+
+def problem_of(place, config, base):
+    from train_lite.glnet import Glnet
+    _net, trained, classes, _tile, _meta = state.restore(str(place / "runs" / base / "best.safetensors"))
+    config = trained._replace(base=str(place / "runs" / base), **config)
+    entry = Memory(np.random.RandomState(0), 64, 48, 32, 2)
+    return Glnet(config, classes, [entry], [], [], torch.device("cpu"))
+
+
+def test_norms_of_frozen_branches_freeze_too(place, monkeypatch):
+    """Of a stage before that did not freeze them; each measured on what those before it give, frozen."""
+    monkeypatch.setattr("train_lite.glnet.CALIBRATION_PATCHES", 4)
+    for base, stage in (("ref", "2"), ("ref-2", "3")):
+        problem = problem_of(place, {"stage": stage, "freeze_at": 0.0}, base)
+        begun = state.new(problem)
+        kept = ["%s.encoder.features.0.1" % part for part in ("overview", "local", "whole")[:int(stage)]]
+        for name in norm.group_norms(begun.net):  # all of them would take a minute
+            if name not in kept:
+                parent, _, child = name.rpartition(".")
+                setattr(begun.net.get_submodule(parent), child, torch.nn.Identity())
+        begun.freeze_if_due(problem)
+        assert sorted(begun.frozen) == sorted(kept) and norm.group_norms(begun.net) == []
+
+
+def test_recomputed_activations(place):
+    """Asked of what each stage trains, the new branch of the third too; the same gradient."""
+    for base, stage in (("ref", "2"), ("ref-2", "3")):
+        found = []
+        for again in (False, True):
+            problem = problem_of(place, {"stage": stage, "recompute": again}, base)
+            begun = state.new(problem)
+            assert again == all("forward" in vars(segment) for segment in begun.net.encoder.segments())
+            gradient, (batch, rng) = problem.gradient(begun), problem.batch(0, 0)
+            list(gradient.rounds(batch, rng))
+            found.append(taken(begun.net))
+        assert sorted(found[0]) == sorted(found[1]) and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_runs_of_others_are_not_gone_on_with(place, here, capsys):
+    """A run that has the name of a following one, and is another."""
+    (place / "runs" / "mine-2").mkdir()
+    for name in ("config.json", "last.safetensors", "best.safetensors"):
+        shutil.copy(str(place / "runs" / "ref-2" / name), str(place / "runs" / "mine-2" / name))
+    assert here(*NEW + ["--stage", 12, "--name", "mine", "--epochs", 1]) == 2
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and "the run runs/mine-2 exists" in err and "--resume runs/mine" in err
+    shutil.rmtree(str(place / "runs" / "mine-2"))
+    assert here("--resume", "runs/mine") == 0 and (place / "runs" / "mine-2" / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--stage", 2], "name its run folder, --base"), (["--stage", 23], "begins with the net of stage 1"),
+    (["--stage", 2, "--base", "nowhere"], "holds no best.safetensors"), (["--stage", 2, "--base", "runs"], "holds no best.safetensors"),
+    (["--stage", 3, "--base", "runs/ref"], "--stage 1; expected 2"), (["--stage", 2, "--base", "runs/ref-2"], "--stage 2; expected 1"),
+    (["--stage", 3, "--base", "runs/ref-3"], "--stage 3; expected 2"),
+    (["--stage", 2, "--base", "runs/ref", "--width", 8], "--width 4; expected 8"),
+    (["--stage", 2, "--base", "runs/ref", "--model", "glnet"], "--model glnet-mobilenetv2; expected glnet"),
+    (["--stage", 2, "--base", "runs/ref", "--patch", 64], "--patch 32; expected 64"),
+    (["--stage", 2, "--base", "runs/ref", "--classes", 3], "was trained for the classes background, foreground"),
+    (["--patch", 64, "--epochs", 1, "--name", "small"], "smaller than a patch of 64 px"),
+    (["--coarse", 0.2, "--classes", 3], "proposals are for sets of one class"), (["--coarse", 0.6], "--coarse is 0.6, expected 0.0 to 0.5"),
+    (["--stage", 2, "--base", "runs/ref", "--coarse", 0.2, "--data", "blank"], "training masks has any foreground"),
+    (["--patch", 48], "take a multiple of 32, such as 32"), (["--mode", "full"], "its two baselines are --mode down"),
+    (["--model", "unet", "--stage", 1], "--stage, --base and --coarse are for --model glnet"),
+    (["--model", "deeplabv3", "--coarse", 0.1], "--stage, --base and --coarse are for --model glnet"),
+    (["--sampler", "deform"], "--sampler deform and --model glnet-mobilenetv2"), (["--stage", 13], "--stage"),
+    (["--focal", -1], "--focal is -1"), (["--data", "nowhere"], "does not exist")])
+def test_usage(words, said, here, capsys):
+    assert here(*NEW + words) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("error:") == 1 and "Traceback" not in err and out == ""
+
+
+def test_a_run_of_another_net_is_no_base(place, here, capsys):
+    assert here("--data", "set", "--res", 32, "--patch", 16, "--overlap", 0, "--width", 4, "--epochs", 1, "--inner", 1, "--out", "runs", "--name", "unet") == 0
+    capsys.readouterr()
+    assert here(*NEW + ["--stage", 2, "--base", "runs/unet"]) == 2
+    err = capsys.readouterr().err
+    assert "--stage of another net; expected 1" in err and err.count("error:") == 1
+
+
+def test_coarse_to_fine_trains(place, here):
+    assert here(*NEW + ["--stage", 2, "--base", "runs/ref", "--coarse", 0.1, "--epochs", 1, "--name", "coarse"]) == 0
+
+
+ONE_BATCH = """
+import os, sys
+import torch
+from train_lite import dataset, store
+from train_lite.config import TrainConfig
+from train_lite.glnet import Glnet
+from train_lite.state import State
+torch.set_num_threads(1)
+folder, res = sys.argv[1], int(sys.argv[2])
+config = TrainConfig(model="glnet-mobilenetv2", width=4, res=res, patch=256, overlap=16, micro_batch=2, stage="3", base="none", epochs=1)
+pairs, classes = dataset.find_pairs(folder, 0.0), dataset.read_classes(folder, config)
+stored = store.ingest(pairs, classes, "long", res, os.path.join(folder, ".cache"), 16, (256, 256), 0, [])
+problem = Glnet(config, classes, stored, [], [], torch.device("cpu"))
+state = State(problem)
+gradient = problem.gradient(state)
+batch, rng = problem.batch(0, 0)
+for _loss in gradient.rounds(batch, rng):
+    pass
+gradient.finish(config.clip)
+state.optimizer.step(config.lr)
+problem.evaluate(state.net, stored[:1])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_image(tmp_path):
+    """Four times the pixels, at most 5 % more at the peak of stage 3's merging, a step and a look at a validation image."""
+    folders = []
+    blocks = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    for res in (1024, 2048):
+        folder = tmp_path / str(res)
+        for kind, pixels_ in (("images", blocks), ("masks", (blocks[..., 0] > 200).astype(np.uint8))):
+            (folder / kind).mkdir(parents=True)
+            Image.fromarray(pixels_).resize((res, res), Image.NEAREST).save(str(folder / kind / "0.png"), compress_level=1)
+        folders.append(folder)
+    small, large = peaks_kib(ONE_BATCH, (folders[0], 1024), 2), peaks_kib(ONE_BATCH, (folders[1], 2048), 2)
+    assert large[0] <= 1.05 * small[-1], (small, large)  # processes that do the same differ by 5 % themselves

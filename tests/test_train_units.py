@@ -360,6 +360,49 @@ def test_frozen_statistics_are_those_of_all_chunks():
     assert np.allclose(frozen.running_var.numpy().reshape(groups, -1), y.var(axis=1)[:, None], rtol=1e-4)
 
 
+def test_batch_norms_are_measured_in_forward_order():
+    """To the pooled mean and variance of what comes in in eval mode, the ones before measured already; no others."""
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            made = [norm.BatchNorm(3) for _ in range(5)]  # named against the order of the forward pass
+            self.last, self.second, self.first, self.apart, self.held = made
+            self.conv = torch.nn.ModuleList([torch.nn.Conv2d(3, 3, 3) for _ in range(3)])
+            self.seen = {}
+
+        def forward(self, x):
+            for conv, name in zip(self.conv, ("first", "held", "second")):
+                x = torch.relu(self.through(name, conv(x)))
+            return self.through("last", x.mean((2, 3), keepdim=True))  # one value per channel and patch
+
+        def through(self, name, x):
+            self.seen.setdefault(name, []).append(x.detach().double().permute(1, 0, 2, 3).reshape(3, -1).numpy())
+            return getattr(self, name)(x)
+
+    torch.manual_seed(0)
+    net, chunks = Net().eval(), [torch.randn(3, 3, 16, 12), 2 * torch.randn(1, 3, 9, 20) + 1]
+    for module in net.modules():
+        if isinstance(module, norm.BatchNorm):
+            module.weight.data.uniform_(0.5, 2)
+            module.bias.data.normal_()
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    net.held.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    norm.measure(net, lambda: [net(chunk) for chunk in chunks])
+    net.seen.clear()
+    with torch.no_grad():
+        for chunk in chunks:
+            net(chunk)
+    for name in ("first", "second", "last"):
+        values, layer = np.concatenate(net.seen[name], axis=1), getattr(net, name)
+        assert np.allclose(layer.running_mean.numpy(), values.mean(axis=1), rtol=1e-5, atol=1e-6), name
+        assert np.allclose(layer.running_var.numpy(), values.var(axis=1), rtol=1e-4, atol=1e-6), name
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"%s.running_%s" % (name, what) for name in ("first", "second", "last") for what in ("mean", "var")}
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
 def test_pretrained_weights(tmp_path):
     """torchvision's names in a .pth: by the safe loader; refused without --allow-pickle where there is none."""
     source, net = seeded("deeplabv3", "batch"), seeded("deeplabv3", "frozen")
