@@ -14,7 +14,6 @@ from conftest import ROOT, command, peaks_kib, write_set
 from edge import glnet as sharing
 from edge import images, tiles
 from edge.images import ArrayPicture
-from edge.scores import Recipe
 from train_lite import checkpoint, loop, state
 from train_lite.config import ModeSettings
 from train_lite.dataset import IGNORE, Pair
@@ -404,7 +403,7 @@ class Spy:
 
 
 def recipe_of(tile, overlap, batch, merges=False, coarse=0.0, resize="none", px=0):
-    return sharing.Recipe(Recipe(resize, px, tile, overlap, batch, tile, MEAN, STD), merges, coarse)
+    return sharing.Recipe(resize, px, tile, overlap, batch, tile, MEAN, STD, merges, coarse)
 
 
 def noise(height, width):
@@ -746,7 +745,8 @@ def test_runs_of_others_are_not_gone_on_with(place, here, capsys):
     (["--stage", 2, "--base", "runs/ref", "--patch", 64], "--patch 32; expected 64"),
     (["--stage", 2, "--base", "runs/ref", "--classes", 3], "was trained for the classes background, foreground"),
     (["--patch", 64, "--epochs", 1, "--name", "small"], "smaller than a patch of 64 px"),
-    (["--coarse", 0.2, "--classes", 3], "proposals are for sets of one class"), (["--coarse", 0.6], "--coarse is 0.6, expected 0.0 to 0.5"),
+    (["--stage", 12, "--coarse", 0.2, "--classes", 3], "proposals are for sets of one class"), (["--coarse", 0.6], "--coarse is 0.6, expected 0.0 to 0.5"),
+    (["--coarse", 0.2], "take --stage 12"),
     (["--stage", 2, "--base", "runs/ref", "--coarse", 0.2, "--data", "blank"], "training masks has any foreground"),
     (["--patch", 48], "take a multiple of 32, such as 32"), (["--mode", "full"], "its two baselines are --mode down"),
     (["--model", "unet", "--stage", 1], "--stage, --base and --coarse are for --model glnet"),
