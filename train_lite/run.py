@@ -100,7 +100,8 @@ def _begun(run, config):
     """As _stored(), of the training `config` that follows another. Raises UsageError where another run has its name."""
     stored, _run = found = _stored(run, config._replace(resume=run.path))
     if stored.stage != config.stage or os.path.realpath(stored.base) != os.path.realpath(config.base):
-        raise UsageError("the run %s exists and does not go on from %s. Move it away, then go on: --resume %s" % (run.path, config.base, config.base))
+        raise UsageError("the run %s exists and does not go on from %s. Move it away, then go on: --resume %s"
+                         % (run.path, config.base, config.base))
     return found
 
 
