@@ -134,8 +134,8 @@ def proposed(boxes, laid, rough, coarse):
     if not coarse:
         return np.ones(len(boxes), bool)
     likely = 1 / (1 + np.exp(-np.clip(np.asarray(rough[0], np.float64), -60, 60))) >= coarse
-    spans = [[footprint(box[axis], laid.tile, size, cells) for axis, (size, cells) in enumerate(zip((laid.height, laid.width), likely.shape))]
-             for box in boxes]
+    sides = list(zip((laid.height, laid.width), likely.shape))
+    spans = [[footprint(box[axis], laid.tile, *sides[axis]) for axis in (0, 1)] for box in boxes]
     return np.array([likely[y:y + rows, x:x + cols].any() for (y, rows), (x, cols) in spans])
 
 

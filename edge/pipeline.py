@@ -160,14 +160,16 @@ class Branches(Segmenter):
         spare = [(0, self.recipe.batch - len(rows)), (0, 0)]  # what fills a batch up is put nowhere
         found = self.session.run("local", {
             "pixels": self._full(pixels), "maps": maps, "rows": self._full(rows), "cols": self._full(cols),
-            "put_rows": np.pad(put_rows, spare, mode="constant"), "put_cols": np.pad(put_cols, spare, mode="constant"), "merged": merged}, keep=True)
+            "put_rows": np.pad(put_rows, spare, mode="constant"), "put_cols": np.pad(put_cols, spare, mode="constant"),
+            "merged": merged}, keep=True)
         return _on_host(found["part"])[:len(rows)], self.session.hold(found["sum"])
 
     def deepen(self, pixels, merged):
         return self.session.run("whole", {"pixels": pixels, "merged": merged}, keep=True)["deep"]
 
     def fuse(self, part, deep, rows, cols):
-        return self.session.run("fusion", {"part": self._full(part), "deep": deep, "rows": self._full(rows), "cols": self._full(cols)})["scores"]
+        given = {"part": self._full(part), "deep": deep, "rows": self._full(rows), "cols": self._full(cols)}
+        return self.session.run("fusion", given)["scores"]
 
 
 def _on_host(value):

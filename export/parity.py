@@ -24,7 +24,8 @@ WINDOW_PX = 1536  # the middle of larger frames: enough tiles to judge, seconds 
 ENGINE = {"float32": (1e-2, 5e-4), "float16": (2e-1, 5e-3)}
 TASK_DROP = 0.01  # of any class's IoU against the labels, where they are known
 STAGE_CALLS = 4  # inputs on which every stage is compared by itself
-KINDS = {"rows": "interpolate", "cols": "interpolate", "put_rows": "interpolate", "put_cols": "interpolate", "pixels": "prepare", "image": "prepare", "samples": "sample"}
+KINDS = {"rows": "interpolate", "cols": "interpolate", "put_rows": "interpolate", "put_cols": "interpolate",
+         "pixels": "prepare", "image": "prepare", "samples": "sample"}
 LOGITS = 1e-2  # of the largest, the most that density logits may differ by, however much scores may: they are kept in float32
 EXACT = ("prepare", "interpolate", "sample", "decode")  # stages that are the same code on both sides: no difference is allowed
 

@@ -95,7 +95,8 @@ def branch_stages(net, pixels, recipe):
         found.append(("local", Part(net, net.work), given, "part"))
     weights = torch.zeros(batch, cells ** 2)
     part = torch.zeros(batch, net.outputs, cells, cells)
-    return found + [("fusion", Part(net, net.fuse_large), {"part": part, "deep": deep, "rows": weights, "cols": weights.clone()}, "scores")]
+    given = {"part": part, "deep": deep, "rows": weights, "cols": weights.clone()}
+    return found + [("fusion", Part(net, net.fuse_large), given, "scores")]
 
 
 def folded(net):
@@ -158,7 +159,8 @@ def operators(path):
 def _tensor(name, shape):
     what = {"pixels": "(x / 255 - mean) / std, RGB", "rows": "0..1, each row sums to 1", "cols": "0..1, each row sums to 1",
             "scores": "logits", "features": "any", "overview": "any", "logits": "any; softmax over the map is the density"}
-    what.update({name: "any" for name in ("maps", "deep", "part", "merged", "sum")}, rough="logits", put_rows="0..1", put_cols="0..1")
+    what.update({name: "any" for name in ("maps", "deep", "part", "merged", "sum")})
+    what.update(rough="logits", put_rows="0..1", put_cols="0..1")
     what.update(image=what["pixels"], samples=what["pixels"], cells="any", context="any", inside="0 or 1")
     return {"name": name, "dtype": "float32", "shape": list(shape), "range": what[name]}
 

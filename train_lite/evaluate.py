@@ -60,7 +60,8 @@ class Branches:
 
     def _through(self, part, *given):
         with torch.no_grad():
-            return part(*[torch.from_numpy(np.ascontiguousarray(one)).to(self._device) if isinstance(one, np.ndarray) else one for one in given])
+            return part(*[torch.from_numpy(np.ascontiguousarray(one)).to(self._device) if isinstance(one, np.ndarray) else one
+                          for one in given])
 
     def look(self, pixels):
         maps, deep, rough = self._through(self._net.look, pixels)

@@ -104,7 +104,8 @@ class SharedBatch(TileBatch):
             matrices = [sharing.split(part[number:number + 1], self.tile) for part in (rows, cols)]
             others.append(glnet.moved(sharing.split(maps, self.tile, net.channels), *matrices))
             deep += glnet.moved([last], *matrices)
-        return super().chunk(picks)._replace(others=[torch.cat(level) for level in zip(*others)], deep=torch.cat(deep), rows=rows, cols=cols)
+        return super().chunk(picks)._replace(others=[torch.cat(level) for level in zip(*others)], deep=torch.cat(deep),
+                                             rows=rows, cols=cols)
 
     def encoded(self, net, half, which):
         """The deepest maps of the whole images `which`, which have seen their tiles' maps: (n, D, p / 4, p / 4)."""
@@ -126,8 +127,8 @@ class SharedBatch(TileBatch):
 
 
 class FocalLoss:
-    """Focal loss (Lin et al. 2017, arXiv 1708.02002, section 3) of all class scores of a patch, mean over the pixels that count; and `feature`
-    times the mean squared difference of the two branches' deepest maps, where both are trained on."""
+    """Focal loss (Lin et al. 2017, arXiv 1708.02002, section 3) of all class scores of a patch, mean over the pixels that count; and
+    `feature` times the mean squared difference of the two branches' deepest maps, where there are two."""
 
     def __init__(self, outputs, gamma, feature):
         self.outputs, self.gamma, self.feature = outputs, gamma, feature
@@ -244,7 +245,8 @@ class Glnet(Segmentation):
                              "out" % (config.coarse, classes.outputs))
         if config.mode == "patch":  # stage 1 would not see it
             headers = [(pair.image, photo_header(pair.image)) for pair in pairs if pair.split == "train"]
-            demand_tiles(config, [(image,) + fitted_size(header[0], header[1], config.fit, config.res) for image, header in headers if header])
+            demand_tiles(config, [(image,) + fitted_size(header[0], header[1], config.fit, config.res)
+                                  for image, header in headers if header])
         return pairs, classes
 
     def view(self, stored, turn, tile):
@@ -315,7 +317,8 @@ class Glnet(Segmentation):
             glnet.begin_whole(net)
             if self.config.recompute:  # a new encoder
                 recompute(net.encoder)
-            state.frozen = meta["frozen"] + [name.replace("overview.", "whole.", 1) for name in meta["frozen"] if name.startswith("overview.")]
+            state.frozen = meta["frozen"] + [name.replace("overview.", "whole.", 1) for name in meta["frozen"]
+                                             if name.startswith("overview.")]
         net.to(self.device)
         net.freeze()
 
@@ -338,8 +341,8 @@ class Glnet(Segmentation):
     def words(self):
         if self.config.mode != "patch":
             return super().words()
-        return "stage %d, %s" % (self.stage, {1: "whole images at %d px", 2: "tiles of %d px beside them", 3: "whole images with tiles of %d px"}
-                                 [self.stage] % self.tile)
+        seen = {1: "whole images at %d px", 2: "tiles of %d px beside them", 3: "whole images with tiles of %d px"}
+        return "stage %d, %s" % (self.stage, seen[self.stage] % self.tile)
 
 
 def demand_tiles(config, sizes):

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from edge.command import banner, from_json, guarded, parse, say
+from edge.command import banner, from_json, guarded, parse, read_json, say
 from edge.errors import OverBudget, UsageError, raise_all
 from edge.images import fitted_size, photo_header
 from edge.optional import need
@@ -71,10 +71,10 @@ def _train(config, run, device):
         run.hold()
     run.point_last()
     _describe(problem, start, run)
-    began = time.time()
+    began, again = time.time(), start.epoch >= config.epochs
     result = loop.train(problem, run, start)
     coming = problem.following(run.path)
-    _report(config, problem, start, run, result, time.time() - began, last=not coming)
+    _report(config, problem, start, run, result, time.time() - began, again, last=not coming)
     run.release()
     return coming
 
@@ -199,8 +199,9 @@ def _describe(problem, start, run):
         len(problem.train), len(problem.val), len(problem.test), problem.steps, config.epochs, run.path))
 
 
-def _report(config, problem, start, run, result, seconds, last):
-    """Score the best net on the test images, if any, and say where everything is. last: whether no other training follows."""
+def _report(config, problem, start, run, result, seconds, again, last):
+    """Score the best net on the test images, if any, and say where everything is. again: whether the run was done before;
+    last: whether no other training follows."""
     from train_lite.state import restore
     phases.mark("validate")
     summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_" + problem.SCORE: start.best if problem.val else None,
@@ -212,8 +213,11 @@ def _report(config, problem, start, run, result, seconds, last):
         say("test  %s (best net, %d images)" % (problem.describe(summary["test"]), len(problem.test)))
     elif problem.settings.task and result:
         say("val  %s (last net, %d images)" % (problem.describe(result), len(problem.val)))
-    summary = _known(dict(summary, peak_mib=peak_rss_mib()))
-    with open(os.path.join(run.path, "summary.json"), "w", encoding="utf-8") as handle:
+    summary, path = _known(dict(summary, peak_mib=peak_rss_mib())), os.path.join(run.path, "summary.json")
+    if again and os.path.isfile(path):
+        said = read_json(path, "the summary")
+        summary.update({key: said.get(key, summary[key]) for key in ("seconds", "val", "peak_mib")})
+    with open(path, "w", encoding="utf-8") as handle:
         json.dump(summary, handle, indent=1)
     say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))
     say("next: python -m export %s --out model.onnx" % run.path)

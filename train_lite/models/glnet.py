@@ -129,8 +129,8 @@ class Alone(nn.Module):
 
 
 class GLNet(nn.Module):
-    """Stage 2: `overview` is stage 1's branch, frozen; `local` and the fusion are trained. Stage 3 freezes local, and trains `whole`, which
-    sees the tiles' maps, and the fusion.
+    """Stage 2: `overview` is stage 1's branch, frozen; `local` and the fusion are trained. Stage 3 freezes local, and trains `whole`,
+    which sees the tiles' maps, and the fusion.
 
     The fusion is one convolution of the two deepest maps; as it is linear it is two, and of a tile only what its own gives is kept."""
 
