@@ -127,7 +127,7 @@ def _disagreements(contract, model):
             wrong.append("%s %s the contract's 'engine' part" % (stage["file"], "goes with" if "engine" in contract else "lacks"))
     if contract["stages"][0]["file"] != os.path.basename(model):
         wrong.append("its first stage is %s" % contract["stages"][0]["file"])
-    if contract["pipeline"] == "glnet" and [len(stage["outputs"]) for stage in contract["stages"]][0] != 3:
+    if contract["pipeline"] == "glnet" and len(contract["stages"][0]["outputs"]) != 3:
         return wrong + ["its overview gives other tensors than maps, deep and rough"]
     for stage in contract["stages"]:
         for side in ("inputs", "outputs"):

@@ -82,8 +82,9 @@ class State:
 
     def measure_norms(self, problem):
         """Statistics of batch norms for a net that is scored or done: those of training patches."""
-        self.net.eval()
-        norm.measure(self.net, problem.calibrate(self.net))
+        if problem.config.norm == "batch":
+            self.net.eval()
+            norm.measure(self.net, problem.calibrate(self.net))
 
 
 def _demand_classes(problem, meta, path):

@@ -115,7 +115,9 @@ def measure(net, forward):
     """Set the running statistics of the trained batch norms of `net`, in eval mode, to those of what forward() runs through them:
     in forward order, so that each is measured on what the ones before it give in eval mode. ('Rethinking "Batch" in BatchNorm', Wu
     & Johnson 2021, arXiv 2105.07576, section 3, measures all at once in train mode; for small batches of unlike images that
-    does not hold: docs/measured.md, "Labels of whole images".) forward(): as of freeze_first(), called once for each norm that it reaches."""
+    does not hold: docs/measured.md, "Labels of whole images".)
+
+    forward(): as of freeze_first(), called once for each norm that it reaches."""
     left = {name: module for name, module in net.named_modules() if isinstance(module, BatchNorm) and module.weight.requires_grad}
     while left:
         first, mean, var = _first_moments(left, forward, lambda norm: norm.num_features)
