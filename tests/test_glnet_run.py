@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("branches")
     write_set(folder / "set", count=5, height=96, width=120)
     done = command("train_lite", "--data", "set", "--model", "glnet-mobilenetv2", "--res", 120, "--patch", 32, "--overlap", 8, "--width", 4,
-                   "--epochs", 3, "--lr", 1e-2, "--freeze-at", 0.5, "--name", "run", cwd=folder)
+                   "--epochs", 3, "--lr", 1e-2, "--validate-every", 3, "--name", "run", cwd=folder)
     assert done.returncode == 0, done.stderr
     for stage, run in (("1", "run"), ("2", "run-2"), ("3", "run-3")):
         done = command("export", os.path.join("runs", "train", run), "--out", os.path.join(stage, "model.onnx"), "--tile-batch", 2, cwd=folder)
