@@ -597,6 +597,7 @@ def test_three_stages_by_one_command(place):
     assert np.allclose(rates[1], 0.4 * np.array(rates[0])) and rates[2] == rates[0], "5e-5, 2e-5 and 5e-5 as published"
 
 
+@pytest.mark.slow
 def test_resume_when_all_is_done_changes_nothing(place, here, capsys):
     before, names = {name: files(place, name) for name in ("ref", "ref-2", "ref-3")}, os.listdir(str(place / "runs"))
     for folder in ("runs/ref", "runs/ref/"):
@@ -608,6 +609,7 @@ def test_resume_when_all_is_done_changes_nothing(place, here, capsys):
         assert files(place, name) == before[name], name
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_stage(place, tmp_path):
     """The supervisor goes on in that stage's run, and then with the third."""
     (tmp_path / "sitecustomize.py").write_text(KILLED % {"mark": str(tmp_path / "mark")})
@@ -620,6 +622,7 @@ def test_killed_in_the_second_stage(place, tmp_path):
         assert same_bits(tensors(place, "killed" + end)[0], tensors(place, "ref" + end)[0]), end
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_second_stage(place, here, monkeypatch, capsys):
     """Gone on with from the first stage's folder."""
     real = loop.step
@@ -639,6 +642,7 @@ def test_interrupted_in_the_second_stage(place, here, monkeypatch, capsys):
         assert same_bits(tensors(place, "stopped" + end)[0], tensors(place, "ref" + end)[0]), end
 
 
+@pytest.mark.slow
 def test_stages_by_themselves(place, here, capsys):
     """--stage 12 ends with the second; a third that begins with it, and a second with ref, end as ref's."""
     assert here(*NEW + ["--stage", 12, "--name", "two", "--json"]) == 0
@@ -662,6 +666,7 @@ def test_baselines(mode, place, here, capsys):
     assert "--mode %s; expected patch" % mode in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_norms_freeze_in_every_stage(place, here, capsys):
     assert here(*NEW + ["--epochs", 1, "--freeze-at", 0.5, "--name", "frozen"]) == 0
     assert capsys.readouterr().err.count("51 norms are frozen") == 2, "the third stage begins with those of the first"
@@ -671,6 +676,7 @@ def test_norms_freeze_in_every_stage(place, here, capsys):
     assert here("--resume", "runs/frozen-3") == 0
 
 
+@pytest.mark.slow
 def test_batch_norms(place, here):
     """Those of a frozen branch keep the statistics that the stage before measured."""
     assert here(*NEW + ["--norm", "batch", "--epochs", 1, "--stage", 12, "--name", "batch"]) == 0
@@ -679,6 +685,7 @@ def test_batch_norms(place, here):
     assert same_bits(branch(last, "overview"), best)
 
 
+@pytest.mark.slow
 def test_pretrained_weights_with_frozen_norms(place, here, capsys):
     """They begin both branches of their own encoder; the third has the first's."""
     torch.manual_seed(1)
@@ -717,6 +724,7 @@ def test_norms_of_frozen_branches_freeze_too(place, monkeypatch):
         assert sorted(begun.frozen) == sorted(kept) and norm.group_norms(begun.net) == []
 
 
+@pytest.mark.slow
 def test_recomputed_activations(place):
     """Asked of what each stage trains, the new branch of the third too; the same gradient."""
     for base, stage in (("ref", "2"), ("ref-2", "3")):
@@ -731,6 +739,7 @@ def test_recomputed_activations(place):
         assert sorted(found[0]) == sorted(found[1]) and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.slow
 def test_runs_of_others_are_not_gone_on_with(place, here, capsys):
     """A run that has the name of a following one, and is another."""
     (place / "runs" / "mine-2").mkdir()
