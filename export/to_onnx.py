@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import os
 import warnings
@@ -107,24 +108,32 @@ def folded(net):
 
 
 @contextlib.contextmanager
-def _registered_once():
-    """torch before 1.13 registers all of ONNX's operators anew for every node of a graph: half the time of an export."""
-    registry = getattr(torch.onnx, "symbolic_registry", None)
-    register = getattr(registry, "register_version", None)
-    if register:
-        registry.register_version = functools.lru_cache(maxsize=None)(register)
+def _quick_exporter():
+    """Cures of the exporter before torch 1.13, whose time is what each node of a graph costs. It registers all of ONNX's operators anew
+    for every node, and hands every symbolic function a map of all nodes before it; two nodes of three are equal constants."""
+    try:
+        registry, utils = (importlib.import_module("torch.onnx." + name) for name in ("symbolic_registry", "utils"))
+    except ImportError:
+        yield
+        return
+    register, split = registry.register_version, utils._split_tensor_list_constants
+
+    def split_and_pool(graph, block):
+        split(graph, block)
+        torch._C._jit_pass_constant_pooling(graph)
+
+    registry.register_version, utils._split_tensor_list_constants = functools.lru_cache(maxsize=None)(register), split_and_pool
     try:
         yield
     finally:
-        if register:
-            registry.register_version = register
+        registry.register_version, utils._split_tensor_list_constants = register, split
 
 
 def write_stage(path, module, inputs, outputs):
     """Export one graph with static shapes. outputs: their names, with blanks between. Returns {name: shape} of them."""
     onnx = need("onnx")
     extra = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
-    with warnings.catch_warnings(), torch.no_grad(), _registered_once():
+    with warnings.catch_warnings(), torch.no_grad(), _quick_exporter():
         warnings.simplefilter("ignore")  # the tracer warns of Python numbers; shapes are static on purpose
         found = module(*inputs.values())
         shapes = {name: list(one.shape) for name, one in zip(outputs.split(), found if isinstance(found, tuple) else (found,))}
