@@ -4,6 +4,7 @@ evaluation, the parity check and the runtime share.
 
 Maps have four levels, of a quarter to a thirty-second of the pixels each way. Between the two nets they are resized by a product
 with two matrices, so that graphs need nothing but MatMul."""
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -54,12 +55,19 @@ def places(boxes, laid):
         found[first:first + count] = bilinear_matrix(count, cells)
         return found / over[axis, cells][:, None]
 
+    over = _tiles_over(laid)
+    return _of_boxes(boxes, (laid.height, laid.width), laid.tile, matrix)
+
+
+@functools.lru_cache(maxsize=1)
+def _tiles_over(laid):
+    """{(axis, cells of a map): how many tile rows or columns lie over each cell, at least 1}. Asked for with every chunk of an image."""
     over = {}
     for axis, (origins, size) in enumerate(((laid.ys, laid.height), (laid.xs, laid.width))):
         for cells in (laid.tile // stride for stride in STRIDES):
             spans = [footprint(origin, laid.tile, size, cells) for origin in origins]
             over[axis, cells] = sum((np.arange(cells) >= first) & (np.arange(cells) < first + count) for first, count in spans).clip(1)
-    return _of_boxes(boxes, (laid.height, laid.width), laid.tile, matrix)
+    return over
 
 
 def _of_boxes(boxes, size, tile, matrix):
@@ -94,8 +102,7 @@ def score_bands(picture, recipe, net, lap=lambda stage: None, pixels=None):
     pixels = pixels or Host()
     lap, tile = pixels.timed(lap), recipe.tile
     view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
-    small = pixels.prepared(pixels.fitted(view, tile, tile), [(0, 0, tile, tile)], recipe)
-    lap("prepare")
+    small = scores.prepared_overview(view, recipe, lap, pixels)
     maps, deep, rough = net.look(small)
     lap("run")
     laid, parts = tiles.plan(view.height, view.width, tile, recipe.overlap), {}

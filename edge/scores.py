@@ -36,14 +36,19 @@ def score_bands(picture, recipe, encode, score, lap=lambda stage: None, pixels=N
     view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
     overview = None
     if recipe.overview:
-        small = pixels.fitted(view, recipe.overview, recipe.overview)
-        ready = pixels.prepared(small, [(0, 0, recipe.overview, recipe.overview)], recipe)
-        lap("prepare")
-        overview = encode(ready)
+        overview = encode(prepared_overview(view, recipe, lap, pixels))
         lap("run")
     laid = tiles.plan(view.height, view.width, recipe.tile, recipe.overlap)
     for band in blended(picture, laid, lambda boxes: _tile_scores(view, boxes, recipe, overview, score, lap, pixels), lap, pixels):
         yield band
+
+
+def prepared_overview(view, recipe, lap, pixels):
+    """The global patch as a net takes it: (1, 3, q, q)."""
+    side = recipe.overview
+    ready = pixels.prepared(pixels.fitted(view, side, side), [(0, 0, side, side)], recipe)
+    lap("prepare")
+    return ready
 
 
 def blended(picture, laid, scores_of, lap, pixels):

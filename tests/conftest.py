@@ -48,14 +48,43 @@ with open("/proc/self/status") as handle:
 """
 
 
-def peaks_kib(code, words, runs, between=lambda: None):
-    """VmHWM of `runs` processes that run the Python `code` with `words`, but of the first, which reads images into the store; sorted.
-    between() is called before each. Freed memory goes back at once: how much of it an allocator keeps is chance, up to 30 MiB."""
-    env, found = dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1048576"), []
-    for _ in range(runs):
+def rest_slow(cases, keep=1):
+    """Cases for parametrize, each a tuple of arguments: after the first `keep` they are slow tests."""
+    return list(cases[:keep]) + [pytest.param(*case, marks=pytest.mark.slow) for case in cases[keep:]]
+
+
+# Trains `state` of `problem` on one batch: the end of programs for peaks_kib().
+STEP = """
+gradient = problem.gradient(state)
+batch, rng = problem.batch(0, 0)
+for _loss in gradient.rounds(batch, rng):
+    pass
+gradient.finish(config.clip)
+state.optimizer.step(config.lr)
+"""
+LOOK = """
+problem.evaluate(state.net, stored[:1])
+"""
+BLOCKS = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)  # for write_large(): quick to draw, write and read
+
+
+def write_large(array, side, path):
+    """Write an array as a PNG of side x side px, its pixels as blocks."""
+    Image.fromarray(array).resize((side, side), Image.NEAREST).save(str(path), compress_level=1)
+
+
+def peaks_kib(read, code, words, runs, between=lambda: None):
+    """VmHWM of `runs` processes that run the Python `read` and `code` with `words`, sorted; before them one runs `read` alone, which puts
+    images into the store. between() is called before each. Freed memory goes back at once: how much of it an allocator keeps is chance,
+    up to 30 MiB."""
+    env = dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1048576")
+
+    def said(program):
         between()
-        found.append(int(subprocess.check_output([sys.executable, "-c", code + PEAK] + [str(word) for word in words], env=env)))
-    return sorted(found[1:])
+        return subprocess.check_output([sys.executable, "-c", program] + [str(word) for word in words], env=env)
+
+    said(read)
+    return sorted(int(said(read + code + PEAK)) for _ in range(runs))
 
 
 def write_set(folder, count=3, height=40, width=56, seed=0, classes=2):

@@ -357,6 +357,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path):
     assert unseen == []
 
 
+@pytest.mark.slow
 def test_resume_falls_back_to_the_older_generation(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(str(trained["run"]), str(run))

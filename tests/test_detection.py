@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from conftest import command, peaks_kib
+from conftest import BLOCKS, LOOK, STEP, command, peaks_kib, rest_slow, write_large
 from doubles import api_folder
 from edge import boxes
 from edge.errors import BadFile, ParityError
@@ -313,8 +313,8 @@ def things(tmp_path_factory):
 def trained(things, tmp_path_factory):
     """Folder of a run, and of its model.onnx, made by the commands."""
     folder = tmp_path_factory.mktemp("detected")
-    done = command("train_lite", "--data", things, "--res", 192, "--patch", 128, "--model", "fcos-mobilenetv2", "--width", 8, "--epochs", 24,
-                   "--inner", 1, "--lr", "3e-3", "--validate-every", 12, "--out", folder, "--name", "run", "--json")
+    done = command("train_lite", "--data", things, "--res", 192, "--patch", 128, "--model", "fcos-mobilenetv2", "--width", 8, "--epochs", 16,
+                   "--inner", 1, "--lr", "5e-3", "--validate-every", 8, "--out", folder, "--name", "run", "--json")
     assert done.returncode == 0, done.stderr
     (folder / "summary").write_text(done.stdout)
     done = command("export", folder / "run", "--out", folder / "model.onnx")
@@ -323,6 +323,7 @@ def trained(things, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_trains_and_resumes(trained):
     summary = json.loads((trained / "summary").read_text())
     assert summary["val"]["ap50"] > 0.5 and summary["best_val_ap"] > 0.2, summary
@@ -333,6 +334,7 @@ def test_trains_and_resumes(trained):
     assert done.returncode == 0 and "val  AP" not in done.stderr and "done in" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_edge_run_gives_trainings_own_boxes(trained, things, tmp_path):
     from edge import schema
     from train_lite import boxed, state, store
@@ -419,6 +421,7 @@ def test_exports_pass_the_target_check_and_the_gate(model, fusion, tmp_path):
             parity.demand(report, 1e-4, "model.onnx")
 
 
+@pytest.mark.slow
 def test_contracts_that_disagree_are_refused(trained, tmp_path):
     from edge import contract
     for change, said in (({"boxes": None}, "rules for boxes"), ({"task": "segmentation"}, "another task"), ({"tile": {"size": 64, "overlap": 0, "batch": 1}}, "multiples of 128"),
@@ -443,7 +446,7 @@ def test_usage(flags, code, said, things, tmp_path):
     assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
 
 
-ONE_BATCH = """
+READ = """
 import os, sys
 import torch
 from train_lite import boxed, store
@@ -455,35 +458,30 @@ folder, res = sys.argv[1], int(sys.argv[2])
 config = TrainConfig(model="fcos-mobilenetv2", width=8, res=res, patch=256, patches=2, inner=1, global_patch="add", epochs=1)
 pairs, classes = boxed.find(folder, 0.0)
 stored = store.ingest(pairs, classes, "long", res, os.path.join(folder, ".cache"), 16, (256, 256), 0, [])
+"""
+ONE_BATCH = """
 problem = Detection(config, classes, stored, [], [], torch.device("cpu"))
 state = State(problem)
-gradient = problem.gradient(state)
-batch, rng = problem.batch(0, 0)
-for _loss in gradient.rounds(batch, rng):
-    pass
-gradient.finish(config.clip)
-state.optimizer.step(config.lr)
-problem.evaluate(state.net, stored[:1])
-"""
+""" + STEP + LOOK
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_image(tmp_path):
     """16 times the pixels, at most 5 % more at the peak of filling the maps, a step and a look at a validation image."""
     folders = []
-    blocks = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
     for res in (1024, 4096):
         folder = tmp_path / str(res)
         for part in ("images", "labels"):
             (folder / part).mkdir(parents=True)
         (folder / "classes.txt").write_text("thing")
-        Image.fromarray(blocks).resize((res, res), Image.NEAREST).save(str(folder / "images" / "0.png"), compress_level=1)
+        write_large(BLOCKS, res, folder / "images" / "0.png")
         (folder / "labels" / "0.txt").write_text("0 0.5 0.5 0.02 0.02\n0 0.2 0.7 0.3 0.2")
         folders.append(folder)
-    small, large = peaks_kib(ONE_BATCH, (folders[0], 1024), 3), peaks_kib(ONE_BATCH, (folders[1], 4096), 2)
+    small, large = peaks_kib(READ, ONE_BATCH, (folders[0], 1024), 2), peaks_kib(READ, ONE_BATCH, (folders[1], 4096), 1)
     assert large[0] <= 1.05 * small[-1], (small, large)  # processes that do the same differ by 5 % themselves
 
 
+@pytest.mark.slow
 def test_only_boxes_above_the_asked_score(trained, things, capsys):
     import edge
     images = str(things / "val" / "images")
@@ -497,7 +495,8 @@ def test_only_boxes_above_the_asked_score(trained, things, capsys):
     assert done.returncode == 2 and "--score is 2, expected 0 to 1" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--mode", "full"], ["--gradient", "exact", "--global-patch", "add"]])
+@pytest.mark.parametrize("flags", rest_slow([
+    (["--gradient", "exact", "--global-patch", "add"],), (["--mode", "full"],)]))
 def test_other_modes_train_export_and_run(flags, things, tmp_path):
     """And --tile-batch gives the same boxes, up to rounding."""
     done = command("train_lite", "--data", things, "--res", 192, "--patch", 128, "--model", "fcos-mobilenetv2", "--width", 4, "--epochs", 1,
@@ -557,6 +556,7 @@ def test_hundreds_of_boxes_are_found():
         assert least <= len(boxes.apart(boxes.best(kept, len(kept)), rules.overlap, rules.limit)) <= most
 
 
+@pytest.mark.slow
 def test_other_classes_do_not_go_on_with_a_run(trained, things, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(str(trained / "run"), str(run))
@@ -569,6 +569,7 @@ def test_other_classes_do_not_go_on_with_a_run(trained, things, tmp_path):
     assert done.returncode == 2 and "the first that differs is number 0: 'disc', now 'square'" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_boxes_that_no_cell_stands_for_are_said(things, tmp_path):
     done = command("train_lite", "--data", things, "--res", 32, "--patch", 128, "--model", "fcos-mobilenetv2", "--width", 4, "--epochs", 1, "--inner", 1,
                    "--out", tmp_path, "--name", "run", "--json")

@@ -614,6 +614,7 @@ MAIN = ("import sys; from jetson.doctor import main; code = main(sys.argv[1:]); 
         "print([n for n in ('numpy', 'PIL', 'torch') if n in sys.modules], file=sys.stderr); sys.exit(code)")
 
 
+@pytest.mark.slow
 def test_this_machine():
     """As a user types it, in a process of its own, which must not itself import what it examines."""
     done = subprocess.run([sys.executable, "-c", MAIN, "--json"], cwd=ROOT, stdout=subprocess.PIPE,

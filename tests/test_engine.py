@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, command
+from conftest import ROOT, command, rest_slow
 from doubles import api_folder, child_env, install
 from edge import contract, trial
 from edge.backends import trt as backend
@@ -71,7 +71,7 @@ def built(trained, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", rest_slow([(one,) for one in GENERATIONS]))
 def test_engine_gives_the_masks_of_onnx_runtime(generation, built, frame, expected):
     folder = built(generation)
     done = run(folder, generation, folder / "model.plan", frame)
@@ -116,7 +116,7 @@ def test_a_second_build_is_taken_from_the_cache(trained, tmp_path):
     assert done.returncode == 0 and done.stderr.count("taken from") == 2, done.stderr
 
 
-@pytest.mark.parametrize("kill_mib", [600 + 8, 600 + 31, 600 + 32, 600 + 128, 600 + 511, 600 + 512])
+@pytest.mark.parametrize("kill_mib", rest_slow([(600 + more,) for more in (8, 512, 31, 32, 128, 511)], 2))
 def test_a_builder_that_is_killed_tries_with_less(kill_mib, trained, tmp_path, monkeypatch, capsys):
     """The double takes 600 MiB and the workspace; more than kill_mib and it dies as by the kernel."""
     for name, value in board("8.2", tmp_path, kill_mib=kill_mib).items():
@@ -219,6 +219,7 @@ def test_a_runtime_that_crashes_takes_only_the_child(engine, frame, tmp_path):
     assert done.returncode == 5 and "signal 11" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_passed_is_not_tried_again(engine, frame, tmp_path, monkeypatch):
     assert run(tmp_path, "8.2", engine, frame).returncode == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -227,7 +228,7 @@ def test_a_file_that_passed_is_not_tried_again(engine, frame, tmp_path, monkeypa
     trial.demand(str(engine), "trt", contract.load(str(engine))[0])
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", rest_slow([(one,) for one in GENERATIONS]))
 def test_session_gives_everything_back(generation, built, monkeypatch):
     _trt, pycuda = install(monkeypatch, generation)
     session = backend.Session(*contract.load(str(built(generation) / "model.plan")))
@@ -282,7 +283,7 @@ def head_job(trained, folder):
             "fp16": False, "float32": []}
 
 
-@pytest.mark.parametrize("generation, pace_s", [("8.2", 0), ("10.3", 0), ("8.6", 10 ** 6), ("11.4", 10 ** 6)])
+@pytest.mark.parametrize("generation, pace_s", rest_slow([("8.2", 0), ("11.4", 10 ** 6), ("10.3", 0), ("8.6", 10 ** 6)], 2))
 def test_a_build_says_what_it_is_at(generation, pace_s, trained, tmp_path, monkeypatch, capsys):
     import re
     import export.build as building
@@ -387,6 +388,7 @@ assert shelf.read(folder).on_probation is None and shelf.read(folder).current ==
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", ["8.2", "10.3"])
 def test_an_engine_is_exchanged_for_another_while_it_runs(generation, built, tmp_path):
     made = json.loads((built(generation) / "model.plan.json").read_text())

@@ -7,10 +7,9 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
-from conftest import ROOT, command, peaks_kib, write_set
+from conftest import BLOCKS, LOOK, ROOT, STEP, command, peaks_kib, write_large, write_set
 from edge import glnet as sharing
 from edge import images, tiles
 from edge.images import ArrayPicture
@@ -356,17 +355,26 @@ def test_frozen_branches_stay_as_they_are(stage, norm):
         assert all(p.grad is None and not p.requires_grad for p in branch.parameters())
 
 
-def test_a_new_whole_branch_gives_the_overviews_scores():
-    """Whatever the tiles' maps hold: nothing of them is heard yet."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_new_branch_gives_the_overviews_scores(frozen):
+    """Whatever the other branch's maps hold: nothing of them is heard yet."""
     for model in MODELS:
         net = seeded(3, model, 3).eval()
-        glnet.begin_whole(net)
+        if frozen:
+            norm.put_frozen(net, [name for name in norm.group_norms(net) if not name.startswith("local.")])
+            for name, value in net.overview.named_buffers():
+                value.copy_(torch.rand(value.shape).double() + 0.5)
+        glnet.begin_as(net.whole, net.overview)
         small = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
         with torch.no_grad():
             maps, deep, rough = net.look(small)
             for total in (torch.zeros_like(maps), torch.randn(*maps.shape).double()):
                 begun = net.deepen(small, total)
                 assert close(begun, deep, 1e-12) and close(net.whole.classify(begun), rough, 1e-12)
+            if not frozen:
+                glnet.begin_as(net.local, net.overview)
+                others = [torch.randn(1, count, 64 // stride, 64 // stride).double() for count, stride in zip(net.channels, sharing.STRIDES)]
+                assert close(net.local(small, others)[2], rough, 1e-12)
         net.freeze()
         assert all(p.requires_grad for p in net.whole.parameters()), "its layers are its own"
         assert not any(p.requires_grad for p in net.overview.parameters())
@@ -791,7 +799,7 @@ def test_coarse_to_fine_trains(place, here):
     assert here(*NEW + ["--stage", 2, "--base", "runs/ref", "--coarse", 0.1, "--epochs", 1, "--name", "coarse"]) == 0
 
 
-ONE_BATCH = """
+READ = """
 import os, sys
 import torch
 from train_lite import dataset, store
@@ -804,28 +812,22 @@ config = TrainConfig(model="glnet-mobilenetv2", width=4, res=res, patch=256, ove
                      stage="3", base="none")
 pairs, classes = dataset.find_pairs(folder, 0.0), dataset.read_classes(folder, config)
 stored = store.ingest(pairs, classes, "long", res, os.path.join(folder, ".cache"), 16, (256, 256), 0, [])
+"""
+ONE_BATCH = """
 problem = Glnet(config, classes, stored, [], [], torch.device("cpu"))
 state = State(problem)
-gradient = problem.gradient(state)
-batch, rng = problem.batch(0, 0)
-for _loss in gradient.rounds(batch, rng):
-    pass
-gradient.finish(config.clip)
-state.optimizer.step(config.lr)
-problem.evaluate(state.net, stored[:1])
-"""
+""" + STEP + LOOK
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_image(tmp_path):
     """Nine times the pixels, at most 5 % more at the peak of stage 3's merging, a step and a look at a validation image."""
     folders = []
-    blocks = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
     for res in (512, 1536):
         folder = tmp_path / str(res)
-        for kind, pixels_ in (("images", blocks), ("masks", (blocks[..., 0] > 200).astype(np.uint8))):
+        for kind, pixels_ in (("images", BLOCKS), ("masks", (BLOCKS[..., 0] > 200).astype(np.uint8))):
             (folder / kind).mkdir(parents=True)
-            Image.fromarray(pixels_).resize((res, res), Image.NEAREST).save(str(folder / kind / "0.png"), compress_level=1)
+            write_large(pixels_, res, folder / kind / "0.png")
         folders.append(folder)
-    small, large = peaks_kib(ONE_BATCH, (folders[0], 512), 2), peaks_kib(ONE_BATCH, (folders[1], 1536), 2)
+    small, large = peaks_kib(READ, ONE_BATCH, (folders[0], 512), 1), peaks_kib(READ, ONE_BATCH, (folders[1], 1536), 1)
     assert large[0] <= 1.05 * small[-1], (small, large)  # processes that do the same differ by 5 % themselves

@@ -49,6 +49,7 @@ def masks_of(net, config, classes, tile, folder, cache):
     return {entry.pair.image: np.concatenate([band for _y0, band in evaluate.label_bands(net, entry, how, torch.device("cpu"))]) for entry in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_edge_run_gives_train_lites_masks(stage, trained, tmp_path):
     run = trained / "runs" / "train" / ("run" if stage == "1" else "run-" + stage)
@@ -121,6 +122,7 @@ def test_exports_pass_the_target_check_and_the_gate(model, stage, outputs, tmp_p
                 proof.demand(other, made, "model.onnx")
 
 
+@pytest.mark.slow
 def test_coarse_to_fine_works_on_what_is_proposed(trained):
     made, files = contract.load(str(trained / "2" / "model.onnx"))
     made["glnet"]["coarse"] = 0.3
@@ -145,6 +147,7 @@ def test_coarse_to_fine_works_on_what_is_proposed(trained):
             assert value > 0 or not mask.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, said", [
     ({"glnet": None}, "no glnet part"), ({"tile": {"size": 48, "overlap": 8, "batch": 2}}, "multiples of 32"), ({"overview": None}, "overview is None"),
     ({"classes": [{"name": str(index), "colour": [0, 0, 0]} for index in range(3)]}, "rough"), ({"glnet": {"coarse": 0.9}}, "at most 0.5")])
@@ -157,6 +160,7 @@ def test_contracts_that_disagree_are_refused(change, said, trained, tmp_path):
         contract.load(str(tmp_path / "model.onnx"))
 
 
+@pytest.mark.slow
 def test_a_model_without_one_of_its_files_is_refused(trained, tmp_path):
     for name in os.listdir(str(trained / "3")):
         if "whole" not in name:
@@ -165,6 +169,7 @@ def test_a_model_without_one_of_its_files_is_refused(trained, tmp_path):
     assert done.returncode == 5 and "model.whole.onnx is missing" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_looks_at_all_stages(tmp_path):
     done = command("train_lite", *PLAN, "--budget", "8GB", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -533,6 +533,7 @@ PIXELS = """(() => { const canvas = document.createElement("canvas"), img = docu
 CURVE = "(document.querySelector('#%s .curve') || {getAttribute: () => ''}).getAttribute('d').split('L').length"
 
 
+@pytest.mark.slow
 def test_the_page_moves_and_says_when_the_run_has_ended(browse, model):
     page = browse()
     with Run(model, *MOVING + ("--output", "http://127.0.0.1:0")) as run:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, command, real_data, write_set
+from conftest import ROOT, command, real_data, rest_slow, write_set
 from train_lite import checkpoint, demo
 from train_lite.run import main
 from train_lite.config import HELPS, TrainConfig
@@ -32,12 +32,12 @@ def losses_of(run):
         return [json.loads(line)["loss"] for line in handle]
 
 
-@pytest.mark.parametrize("flags", [
-    ("--mode", "full"), ("--mode", "down"), ("--mode", "tiled"), ("--gradient", "exact"), ("--fill", "image"),
+@pytest.mark.parametrize("flags", rest_slow([(flags,) for flags in (
+    ("--gradient", "exact"), ("--model", "deeplabv3"), ("--batch", 2, "--accumulation", 3), ("--fit", "none", "--mode", "full"),
+    ("--mode", "full"), ("--mode", "down"), ("--mode", "tiled"), ("--fill", "image"),
     ("--global-patch", "add"), ("--global-patch", "none"), ("--norm", "batch"), ("--norm", "frozen"),
-    ("--model", "deeplabv3"), ("--model", "deeplabv3", "--norm", "batch", "--gradient", "exact"),
-    ("--batch", 2, "--accumulation", 3), ("--fit", "stretch"), ("--fit", "none", "--mode", "full"), ("--classes", 2),
-], ids=lambda flags: " ".join(map(str, flags)))
+    ("--model", "deeplabv3", "--norm", "batch", "--gradient", "exact"), ("--fit", "stretch"), ("--classes", 2),
+)], 4), ids=lambda flags: " ".join(map(str, flags)))
 def test_every_way_trains_to_the_end(tmp_path, flags):
     run = train(tmp_path, *flags)
     summary = json.loads((run / "summary.json").read_text())
@@ -49,6 +49,7 @@ def test_every_way_trains_to_the_end(tmp_path, flags):
     assert len(losses) == summary["steps"] and np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_what_torch_loads_late_and_nobody_needs(tmp_path):
     """backward(tensor) makes torch 2 load its symbolic shapes and sympy: 35 MiB, and half a second of every start."""
     code = "import sys; from train_lite.run import main; print(main(sys.argv[1:]), 'sympy' in sys.modules)"
@@ -78,6 +79,7 @@ def test_norms_are_frozen_and_best_is_of_the_final_kind(trained):
     assert len(meta["frozen"]) == 18 == sum(name.endswith("running_var") for name in tensors)
 
 
+@pytest.mark.slow
 def test_config_of_a_run_repeats_it(tmp_path):
     run = train(tmp_path, "--freeze-at", 0.5)
     assert main(["--config", str(run / "config.json"), "--name", "again"]) == 0
@@ -85,6 +87,7 @@ def test_config_of_a_run_repeats_it(tmp_path):
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_chunks_do_not_change_the_training(tmp_path):
     """micro-batch is memory, not mathematics: exact and sampled steps stay the same up to rounding."""
     for gradient in ("exact", "sampled"):
@@ -171,6 +174,7 @@ def test_cuda_gives_the_losses_of_the_cpu(tmp_path):
     assert np.allclose(losses[0], losses[1], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_best_net_is_kept_even_where_there_is_nothing_to_find(tmp_path):
     """Masks without foreground, and none predicted: every score is undefined."""
     data = write_set(tmp_path / "set", count=4)

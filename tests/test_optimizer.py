@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import command
+from conftest import command, rest_slow
 from train_lite.models import build
 from train_lite.models.recompute import recompute
 from train_lite.optimizer import BLOCK, MOMENTS, SLAB, Optimizer
@@ -130,6 +130,7 @@ def final_loss(kind, steps=300):
     return losses[0], losses[-1]
 
 
+@pytest.mark.slow
 def test_adamw8_learns_as_adamw_does():
     (first, reference), (_same, coded) = final_loss("adamw"), final_loss("adamw8")
     assert reference < 0.4 * first and coded < 1.02 * reference, (first, reference, coded)
@@ -211,8 +212,8 @@ print(peak_rss_mib(since_reset=True) - before)
 """
 
 
-@pytest.mark.parametrize("kind, how, moments_mib", [
-    ("sgd", "step", 0), ("adamw", "step", 128), ("adamw8", "step", 32.5), ("adamw8", "restore", 32.5)])
+@pytest.mark.parametrize("kind, how, moments_mib", rest_slow([
+    ("adamw8", "step", 32.5), ("adamw8", "restore", 32.5), ("adamw", "step", 128), ("sgd", "step", 0)]))
 def test_no_temporary_has_a_layers_size(kind, how, moments_mib, tmp_path):
     """The peak grows by the moments and a few slabs."""
     (tmp_path / "large_step.py").write_text(LARGE_STEP)

@@ -211,6 +211,7 @@ def peaks_of(text):
     return {words: int(mib) for mib, words in rungs}, {owner.strip(): int(mib) for owner, mib in owners}
 
 
+@pytest.mark.slow
 def test_plan_only_prints(tmp_path, monkeypatch, capsys):
     done = command("train_lite", "--plan", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -269,8 +270,12 @@ def test_a_tight_budget_keeps_the_gradients(runs):
     levers = json.loads((folder / "tight" / "config.json").read_text())
     assert levers["micro_batch"] < 8 and (levers["optimizer"], levers["patch"]) == ("adamw", 64)
     a, b = (checkpoint.read(str(folder / name / "last.safetensors"))[0] for name in ("free", "tight"))
-    for name in (name for name in b if name.startswith("net.")):
-        assert np.linalg.norm(a[name] - b[name]) <= 1e-4 * np.linalg.norm(b[name]), name
+    losses = [float(list(csv.DictReader(open(str(folder / name / "metrics.csv"))))[0]["loss"]) for name in ("free", "tight")]
+    # moments, not weights: AdamW divides a gradient by its size, so where there is next to none rounding decides the step's sign
+    names = [name for name in b if name.startswith("adamw.exp_avg.")]
+    size, apart = (np.linalg.norm(np.concatenate([found(name).ravel() for name in names])) for found in (b.get, lambda name: a[name] - b[name]))
+    assert len(names) > 50 and apart <= 1e-2 * size, "on two PCs 1e-4 and 1.2e-3; a lost patch would be a tenth"
+    assert abs(losses[0] - losses[1]) < 1e-5 * losses[0]
 
 
 @pytest.mark.slow

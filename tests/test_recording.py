@@ -131,6 +131,7 @@ def test_every_encoder_that_is_here(only, suffix, tmp_path, tidy):  # noqa: F811
     assert len(decoded(tmp_path / ("a." + suffix))) == 33
 
 
+@pytest.mark.slow
 @gst
 @pytest.mark.parametrize("height, width", [(37, 53), (38, 50), (48, 63)])
 def test_odd_sizes(height, width, tmp_path, tidy):  # noqa: F811
@@ -270,6 +271,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 @gst
 @pytest.mark.parametrize("number, code, suffix", [(signal.SIGINT, 130, "mp4"), (signal.SIGTERM, 143, "mkv"),
                                                   (signal.SIGKILL, -9, "mp4"), (signal.SIGKILL, -9, "mkv")])
@@ -311,6 +313,7 @@ def test_interrupted_twice(monkeypatch, tmp_path, tidy):  # noqa: F811
         recorder.close()
 
 
+@pytest.mark.slow
 @gst
 def test_the_encoder_dies(model, tmp_path):  # noqa: F811
     out = tmp_path / "out.mp4"
@@ -323,6 +326,7 @@ def test_the_encoder_dies(model, tmp_path):  # noqa: F811
     assert 0 < len(decoded(out, cut=True)) < 60
 
 
+@pytest.mark.slow
 @gst
 def test_an_encoder_that_hangs(monkeypatch, tmp_path, tidy):  # noqa: F811
     monkeypatch.setattr(recording, "STALL_S", 0.5)

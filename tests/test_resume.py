@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import ROOT, write_set
+from conftest import ROOT, rest_slow, write_set
 from train_lite import checkpoint
 
 EPOCHS = 12
@@ -191,8 +191,8 @@ def uninterrupted(place, begin, variant="sampled"):
     return variant
 
 
-@pytest.mark.parametrize("variant, stop", [
-    ("sampled", signal.SIGINT), ("accumulated", signal.SIGINT), ("exact", signal.SIGTERM)])
+@pytest.mark.parametrize("variant, stop", rest_slow([
+    ("exact", signal.SIGTERM), ("sampled", signal.SIGINT), ("accumulated", signal.SIGINT)]))
 def test_interrupt_and_resume(variant, stop, place, forked):
     begin = command(place) if variant == "sampled" else forked
     reference, name = uninterrupted(place, begin, variant), "stopped-" + variant
@@ -208,6 +208,7 @@ def test_interrupt_and_resume(variant, stop, place, forked):
     assert_same(place, name, reference)
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_changes_nothing(place, forked):
     reference = uninterrupted(place, forked)
     before = (place / "runs" / reference / "last.safetensors").read_bytes()
@@ -215,6 +216,7 @@ def test_resume_of_a_finished_run_changes_nothing(place, forked):
     assert (place / "runs" / reference / "last.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(place, forked):
     """The run's config is there, nothing else: --resume begins at the beginning."""
     reference, name = uninterrupted(place, forked), "early"

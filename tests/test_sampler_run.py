@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import command, peaks_kib, write_set
+from conftest import BLOCKS, STEP, command, peaks_kib, rest_slow, write_large, write_set
 from doubles import api_folder
 from edge import cli, contract, images
 from edge.backends import ort
@@ -442,8 +442,8 @@ def test_last_bits_of_the_logits_are_no_alarm(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir(api_folder()), reason="the listed names of TensorRT's bindings are not in %s; set "
                     "NANOPATCH_DATA" % api_folder())
-@pytest.mark.parametrize("generation, sampler", [("8.2", "deform")] + [
-    pytest.param(*case, marks=pytest.mark.slow) for case in (("8.2", "uniform"), ("10.3", "deform"), ("10.3", "uniform"))])
+@pytest.mark.parametrize("generation, sampler", rest_slow([
+    ("8.2", "deform"), ("8.2", "uniform"), ("10.3", "deform"), ("10.3", "uniform")]))
 def test_engine_gives_the_masks_of_onnx_runtime(generation, sampler, request, tmp_path):
     model = request.getfixturevalue(sampler)
     done = build(model, tmp_path, generation)
@@ -462,6 +462,7 @@ def test_engine_gives_the_masks_of_onnx_runtime(generation, sampler, request, tm
 
 # --- runs that are killed, and large images -----------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bits(place):
     """In the middle of an epoch, the weight of the edge loss falling, the norms frozen later on."""
     words = ("--data", place / "set", "--sampler", "deform", "--gamma-power", 0.9) + SMALL + (
@@ -481,7 +482,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(place):
     assert logs[0] == logs[1] and logs[0].count("\n") == 16 and table(killed) == table(whole)
 
 
-ONE_STEP = """
+READ = """
 import os, sys
 import numpy as np
 import torch
@@ -497,30 +498,25 @@ problems, settings = [], mode_settings(config)
 classes = dataset.read_classes(folder, config)
 stored = store.ingest(dataset.find_pairs(folder, 0.0), classes, "long", res, os.path.join(folder, "cache"), 16,
                       settings.density, 0, problems)
+"""
+ONE_STEP = """
 raise_all(problems, "", "")
 problem = Segmentation(config, classes, stored, [], [], torch.device("cpu"))
 state = State(problem)
 torch.nn.init.normal_(state.net.deform.last.weight, std=3)
-gradient = problem.gradient(state)
-batch, rng = problem.batch(0, 0)
-for _loss in gradient.rounds(batch, rng):
-    pass
-gradient.finish(config.clip)
-state.optimizer.step(config.lr)
-"""
+""" + STEP
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_image(tmp_path):
-    """64 times the pixels, at most 5 % more at the peak of a step that finds the label edges, too. The smallest of three
+    """64 times the pixels, at most 5 % more at the peak of a step that finds the label edges, too. The smallest of two
     against the largest: processes that do the same differ by 5 % themselves. Reading the images is not in it: a first process has done that."""
     peaks = {}
     for res in (1024, 8192):
         folder = tmp_path / str(res)
         for kind in ("images", "masks"):
             (folder / kind).mkdir(parents=True)
-        blocks = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)  # quick to draw, write and read
-        for kind, array in (("images", blocks), ("masks", blocks[..., 0] % 2 * 255)):
-            Image.fromarray(array).resize((res, res), Image.NEAREST).save(str(folder / kind / "0.png"), compress_level=1)
-        peaks[res] = peaks_kib(ONE_STEP, (folder, res), 4, lambda: [edges.unlink() for edges in (folder / "cache").glob("*.edges")])
+        for kind, array in (("images", BLOCKS), ("masks", BLOCKS[..., 0] % 2 * 255)):
+            write_large(array, res, folder / kind / "0.png")
+        peaks[res] = peaks_kib(READ, ONE_STEP, (folder, res), 2, lambda: [edges.unlink() for edges in (folder / "cache").glob("*.edges")])
     assert peaks[8192][0] <= 1.05 * peaks[1024][-1], peaks

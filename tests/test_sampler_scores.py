@@ -9,7 +9,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from conftest import write_set  # noqa: E402
+from conftest import rest_slow, write_set  # noqa: E402
 from edge import scores  # noqa: E402
 from edge.geometry import nearest_index  # noqa: E402
 from edge.warp import reference  # noqa: E402
@@ -242,7 +242,7 @@ def test_one_line_says_how_many_images_are_wasted(tmp_path, capsys):
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", [(61, 83), (1, 1), (20, 700)])
+@pytest.mark.parametrize("size", rest_slow([((61, 83),), ((1, 1),), ((20, 700),)]))
 def test_a_sampler_s_picture_has_a_second_row(tmp_path, size):
     problem, _settings = level_set(tmp_path, 2, sizes=(size,))
     entry, heights = problem.train[0], []

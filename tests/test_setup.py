@@ -293,6 +293,7 @@ def killed(after, action):
     return code == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fstab,folder", [(ROOT_LINE, False), (ROOT_LINE.rstrip("\n"), True)])
 def test_killed_at_any_step_it_can_be_undone(tmp_path, fstab, folder):
     nano = make_nano(tmp_path / "nano", fstab)

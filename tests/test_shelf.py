@@ -254,6 +254,7 @@ def ended(process):
     return process.returncode, out.decode(), err.decode()
 
 
+@pytest.mark.slow
 def test_an_update_that_is_killed_before_any_of_its_writes(model, place):
     new, seen = [model("b"), model("c")], 0
     shelf.update(place, model("o"))

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import ROOT, command, write_set
+from conftest import ROOT, command, rest_slow, write_set
 from jetson.memory import field_mib, read_text
 from train_lite import __main__ as supervisor
 from train_lite import checkpoint
@@ -114,7 +114,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", rest_slow([(signal.SIGINT,), (signal.SIGTERM,)]))
 def test_interrupt(stop, place):
     """Also: the parent holds neither torch nor numpy, and next to no memory."""
     name = "stopped-%d" % stop
@@ -133,6 +133,7 @@ def test_interrupt(stop, place):
     assert_same(place, name)
 
 
+@pytest.mark.slow
 def test_exit_codes_of_the_child_pass_through(place, monkeypatch, capsys):
     """The child's own are those of its main() in this process."""
     monkeypatch.chdir(place)
@@ -147,6 +148,7 @@ def test_exit_codes_of_the_child_pass_through(place, monkeypatch, capsys):
         assert want in (None, done.returncode)
 
 
+@pytest.mark.slow
 def test_a_killed_child_is_started_again(place):
     process = start(place, *new_run("killed"))
     os.kill(child_at(place, "killed", 6, process), signal.SIGKILL)
@@ -169,6 +171,7 @@ def test_the_folder_of_a_child_is_not_the_link(place, monkeypatch):
     assert found == ["ours", "ours"]
 
 
+@pytest.mark.slow
 def test_a_killed_supervisor_takes_its_child_with_it(place):
     process = start(place, *new_run("orphan"))
     child = child_at(place, "orphan", 5, process)
@@ -183,6 +186,7 @@ def test_a_killed_supervisor_takes_its_child_with_it(place):
     assert_same(place, "orphan")
 
 
+@pytest.mark.slow
 def test_out_of_memory_goes_on_one_notch_smaller(place):
     code, text, starts = ended(place, start(place, *new_run("short"), hook="if COUNT == 1: at(7, no_memory)"))
     assert code == 0 and starts == 2, text

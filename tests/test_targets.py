@@ -219,6 +219,7 @@ def test_the_earliest_release_is_the_earliest():
     assert len(BAD) >= 20
 
 
+@pytest.mark.slow
 def test_every_operator_of_82_is_known_and_no_other():
     assert len(operators.FIRST.split()) == 130 == len(set(operators.FIRST.split()))
     for name in operators.FIRST.split():
@@ -318,6 +319,7 @@ def test_graph_without_sense_is_a_finding(name):
         assert [f for f in findings(made, board) if word in f.rule], findings(made, board)
 
 
+@pytest.mark.slow
 def test_hostile_bytes_never_crash_it():
     """Flipped bytes of a real file: read or refused, never another error."""
     whole, rng = bytearray(convolved("constant", "constant").SerializeToString()), np.random.RandomState(0)

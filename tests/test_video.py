@@ -226,6 +226,7 @@ def make_clip(path, count=60, mux="avimux"):
     return str(path)
 
 
+@pytest.mark.slow
 @gst
 @pytest.mark.parametrize("name, count, size", [("bottle-detection.mp4", 1189, (360, 640)), ("car-detection.mp4", 377, (432, 768)),
                                                ("one-by-one-person-detection.mp4", 1394, (432, 768))])
@@ -279,6 +280,7 @@ def test_newest_drops_and_every_waits(tidy):
         assert [frame.index for frame in source] == list(range(20))
 
 
+@pytest.mark.slow
 @gst
 @pytest.mark.parametrize("policy", ["every", "newest"])
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
@@ -302,6 +304,7 @@ def test_a_decoder_that_is_stopped_or_killed(policy, number, tidy):
     assert health["received"] == health["processed"] + health["dropped"]
 
 
+@pytest.mark.slow
 @gst
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_file_loses_no_frame_with_its_decoder(number, tmp_path, tidy):
@@ -378,6 +381,7 @@ def test_wrong_size_in_the_stream(tidy):
     assert sizes[0] == 64 and set(sizes) <= {64, 32} and health["restarts"] >= 1 and health["last_fault"] == "wrong size"
 
 
+@pytest.mark.slow
 @gst
 def test_frozen_and_black_for_real(tidy):
     for pattern, option, kind in (("black", "black_s", "black"), ("white", "frozen_s", "frozen")):
@@ -417,6 +421,7 @@ def real_faults(count):
     return times, memory[-1] - memory[min(3, count - 1)]
 
 
+@pytest.mark.slow
 @gst
 def test_faults_in_real_time(tidy):
     """Seconds count only where many are asked for, on a machine with nothing else to do."""

@@ -31,25 +31,18 @@ def recipe(settings, tile, batch):
 def torch_functions(net, device):
     """`net` as the two functions (encode, score) that edge.scores.score_bands takes."""
     net.eval()
-
-    def tensor(array):
-        return None if array is None else torch.from_numpy(array).to(device)
-
-    def encode(pixels):
-        with torch.no_grad():
-            return net.encoder(tensor(pixels))
-
-    def score(pixels, g, rows, cols):
-        with torch.no_grad():
-            return net(tensor(pixels), g, tensor(rows), tensor(cols)).cpu().numpy()
-
-    return encode, score
+    return lambda pixels: computed(net.encoder, device, pixels), lambda *given: through(net, device, *given)
 
 
-def through(part, device, *arrays):
-    """What `part` of a net makes of numpy arrays (or None), without graph, as a numpy array."""
+def computed(part, device, *given):
+    """What `part` of a net makes of numpy arrays, tensors or None, without graph."""
     with torch.no_grad():
-        return part(*[None if array is None else torch.from_numpy(array).to(device) for array in arrays]).cpu().numpy()
+        return part(*[torch.from_numpy(one).to(device) if isinstance(one, np.ndarray) else one for one in given])
+
+
+def through(part, device, *given):
+    """computed(), as a numpy array."""
+    return computed(part, device, *given).cpu().numpy()
 
 
 class Branches:
@@ -58,28 +51,23 @@ class Branches:
     def __init__(self, net, device):
         self._net, self._device = net.eval(), device
 
-    def _through(self, part, *given):
-        with torch.no_grad():
-            return part(*[torch.from_numpy(np.ascontiguousarray(one)).to(self._device) if isinstance(one, np.ndarray) else one
-                          for one in given])
-
     def look(self, pixels):
-        maps, deep, rough = self._through(self._net.look, pixels)
+        maps, deep, rough = computed(self._net.look, self._device, pixels)
         return maps, deep, rough.cpu().numpy()
 
     def work(self, *given):
-        return self._through(self._net.work, *given)
+        return computed(self._net.work, self._device, *given)
 
     def merge(self, pixels, maps, *rest):
         merged = torch.zeros_like(maps) if rest[-1] is None else rest[-1]
-        part, merged = self._through(self._net.merge, pixels, maps, *rest[:-1] + (merged,))
+        part, merged = computed(self._net.merge, self._device, pixels, maps, *rest[:-1] + (merged,))
         return part.cpu().numpy(), merged
 
     def deepen(self, *given):
-        return self._through(self._net.deepen, *given)
+        return computed(self._net.deepen, self._device, *given)
 
     def fuse(self, *given):
-        return self._through(self._net.fuse_large, *given).cpu().numpy()
+        return through(self._net.fuse_large, self._device, *given)
 
 
 def warp_functions(net, sampler, stored, device):

@@ -16,8 +16,7 @@ from train_lite.dataset import IGNORE
 from train_lite.deform import Seen
 from train_lite.half import apply
 from train_lite.losses import SumTable, entropy
-from train_lite.models import glnet
-from train_lite.models.recompute import recompute
+from train_lite.models import glnet, norm
 from train_lite.patches import Batch, View
 from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
 
@@ -45,7 +44,7 @@ class TileBatch(Batch):
 
     def labels(self, picks):
         """(n, p / 4, p / 4) uint8."""
-        return self._labels([self.views[v].patch(t)[1][QUARTER, QUARTER] for v, t in picks])
+        return self._labels([self.views[v].labels(t)[QUARTER, QUARTER] for v, t in picks])
 
     def global_labels(self, which):
         """The same of the whole images `which`."""
@@ -60,7 +59,7 @@ class TileBatch(Batch):
         return self._pixels([self.views[v].overview(self.tile) for v in which])
 
     def chunk(self, picks, _net=None):
-        return Chunk(self._pixels([self.views[v].patch(t)[0] for v, t in picks]), self.labels(picks), [v for v, _ in picks])
+        return Chunk(self._pixels([self.views[v].pixels(t) for v, t in picks]), self.labels(picks), [v for v, _ in picks])
 
 
 class GlobalBatch(TileBatch):
@@ -118,7 +117,7 @@ class SharedBatch(TileBatch):
             laid, merged = plan(view.height, view.width, self.tile, view.overlap), torch.zeros_like(maps)
             for first in range(0, len(view.boxes), self._micro_batch):
                 tiles = list(range(len(view.boxes)))[first:first + self._micro_batch]
-                pixels = self._pixels([view.patch(t)[0] for t in tiles])
+                pixels = self._pixels([view.pixels(t) for t in tiles])
                 puts = [self._tensor(part) for part in sharing.places(view.boxes[tiles], laid)]
                 with torch.no_grad():
                     merged = net.merge(pixels, maps, *self._crops(v, tiles) + puts + [merged])[1]
@@ -311,14 +310,14 @@ class Glnet(Segmentation):
         net = state.net
         if self.stage == 2:
             net.overview = base.branch
+            glnet.begin_as(net.local, base.branch)  # its group norms stay: frozen later, with statistics of tiles
             state.frozen = [name.replace("branch.", "overview.", 1) for name in meta["frozen"]]
         else:
             net.overview, net.local, net.fuse_local, net.fuse_deep = base.overview, base.local, base.fuse_local, base.fuse_deep
-            glnet.begin_whole(net)
-            if self.config.recompute:  # a new encoder
-                recompute(net.encoder)
-            state.frozen = meta["frozen"] + [name.replace("overview.", "whole.", 1) for name in meta["frozen"]
-                                             if name.startswith("overview.")]
+            whole = [name.replace("overview.", "whole.", 1) for name in meta["frozen"] if name.startswith("overview.")]
+            norm.put_frozen(net, whole)
+            glnet.begin_as(net.whole, base.overview)
+            state.frozen = meta["frozen"] + whole
         net.to(self.device)
         net.freeze()
 

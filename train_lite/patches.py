@@ -39,12 +39,20 @@ class View:
         """An array of the whole stored image as this view sees it."""
         return np.rot90(array[:, ::-1] if self.turn > 3 else array, self.turn % 4)
 
-    def patch(self, index):
-        """Tile `index`: pixels (p, p, 3) uint8, labels (p, p) uint8 with IGNORE where another tile owns the pixel."""
+    def pixels(self, index):
+        """Of tile `index`: (p, p, 3) uint8."""
+        return self.read(self.stored.picture, self.boxes[index])
+
+    def labels(self, index):
+        """Of tile `index`: (p, p) uint8, IGNORE where another tile owns the pixel."""
         box, own = self.boxes[index], self.owned[index]
         labels = np.full((box[2] - box[0], box[3] - box[1]), IGNORE, np.uint8)
         labels[own[0] - box[0]:own[2] - box[0], own[1] - box[1]:own[3] - box[1]] = self.read(self.stored.labels, own)
-        return self.read(self.stored.picture, box), labels
+        return labels
+
+    def patch(self, index):
+        """pixels() and labels() of tile `index`."""
+        return self.pixels(index), self.labels(index)
 
     def overview(self, size):
         """The global patch: the whole image at size x size, (size, size, 3) uint8."""
@@ -101,8 +109,7 @@ class PixelBatch(Batch):
     """Views whose patches go through an encoder without labels of their own."""
 
     def chunk(self, picks, _net=None):
-        pixels = [self.views[v].read(self.views[v].stored.picture, self.views[v].boxes[t]) for v, t in picks]
-        return Chunk(self._pixels(pixels), None, [v for v, _ in picks], None, None)
+        return Chunk(self._pixels([self.views[v].pixels(t) for v, t in picks]), None, [v for v, _ in picks], None, None)
 
 
 def draw(rng, batch, patches, inner, again=False):

@@ -57,9 +57,7 @@ def main():
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
     given.work = os.path.abspath(given.work)
-    pairs = os.path.join(given.work, given.set, "pairs.csv")  # in a folder of its own: not every set has a classes.json
-    os.makedirs(os.path.dirname(pairs), exist_ok=True)
-    real_sets.write(given.set, given.sets, pairs)
+    pairs = real_sets.written(given.set, given.sets, given.work)
     done = summary(os.path.join(given.work, "runs"), "%s-coarse-%d" % (given.set, given.seed), [
         "--data", pairs, "--val-share", 0, "--cache", os.path.join(given.work, "cache"), "--model", given.model, "--stage", "12",
         "--width", given.width, "--res", given.res, "--patch", given.patch, "--epochs", given.epochs, "--seed", given.seed,

@@ -38,9 +38,7 @@ def main():
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
     given.work = os.path.abspath(given.work)
-    pairs = os.path.join(given.work, given.set, "pairs.csv")  # in a folder of its own: not every set has a classes.json
-    os.makedirs(os.path.dirname(pairs), exist_ok=True)
-    real_sets.write(given.set, given.sets, pairs)
+    pairs = real_sets.written(given.set, given.sets, given.work)
     print("%s, %d px, patch %d px, %s width %d, %d epochs of each stage, %d seed(s), %s" % (
         given.set, given.res, given.patch, given.model, given.width, given.epochs, given.seeds,
         " ".join(given.rest) or "other flags at their defaults"))

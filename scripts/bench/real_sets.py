@@ -60,6 +60,14 @@ def write(name, root, out):
         writer.writerows((os.path.abspath(i), os.path.abspath(m), s) for i, m, s in SETS[name](os.path.join(root, name)))
 
 
+def written(name, root, work):
+    """write() to a folder of its own in `work`, for not every set has a classes.json. Returns the csv."""
+    out = os.path.join(os.path.abspath(work), name, "pairs.csv")
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    write(name, root, out)
+    return out
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 4 or sys.argv[1] not in SETS:
         sys.exit(__doc__)

@@ -48,8 +48,7 @@ class DeepLabV3(nn.Module):
 
     def segments(self):
         """Parts that recompute() may run twice."""
-        stages = (self.backbone.layer1, self.backbone.layer2, self.backbone.layer3, self.backbone.layer4)
-        return [block for stage in stages for block in stage] + [self.classifier[0]]
+        return self.backbone.blocks() + [self.classifier[0]]
 
     def forward(self, x):
         return nn.functional.interpolate(self.classifier(self.backbone(x)), scale_factor=8.0, mode="bilinear",

@@ -47,10 +47,6 @@ class ResNetPyramid(ResNet50):
         begin(self)
         self.fpn = Pyramid([8 * width, 16 * width, 32 * width], 4 * width)
 
-    def segments(self):
-        """Parts that recompute() may run twice."""
-        return self.blocks()
-
     def forward(self, x):
         return self.fpn(self.levels(x)[1:])
 
@@ -62,9 +58,6 @@ class MobileNetPyramid(MobileNetV2):
         super().__init__(width, norm, last=False)
         begin(self)
         self.fpn = Pyramid([self.features[index].channels for index in LEVELS[1:]], 4 * width)
-
-    def segments(self):
-        return list(self.features)
 
     def forward(self, x):
         return self.fpn(self.levels(x)[1:])

@@ -1,13 +1,12 @@
 """GLNet, two branches that see each other's maps at every level ('Collaborative Global-Local Networks', Chen et al. 2019, arXiv
 1905.06368, section 3; docs/method.md, section 8). Each is a backbone, with torchvision's names, and a feature pyramid. Maps of a
 level: the backbone's, and three of the pyramid's, one after another; flat: those of all levels (edge.glnet.split)."""
-import copy
-
 import torch
 from torch import nn
 
 from edge.geometry import bilinear_matrix
 from edge.glnet import STRIDES, split
+from train_lite.models import patchnet
 from train_lite.models.mobilenet import LEVELS, MobileNetV2
 from train_lite.models.norm import begin
 from train_lite.models.resnet import ResNet50
@@ -21,10 +20,6 @@ class ResNetLevels(ResNet50):
         self.channels = [4 * width, 8 * width, 16 * width, 32 * width]
         begin(self)
 
-    def segments(self):
-        """Parts that recompute() may run twice."""
-        return self.blocks()
-
     def forward(self, x):
         return self.levels(x)
 
@@ -36,9 +31,6 @@ class MobileNetLevels(MobileNetV2):
         super().__init__(width, norm, last=False)
         self.channels = [self.features[index].channels for index in LEVELS]
         begin(self)
-
-    def segments(self):
-        return list(self.features)
 
     def forward(self, x):
         return self.levels(x)
@@ -93,7 +85,7 @@ def resized(maps, side):
 
 def moved(maps, rows, cols):
     """Flat maps, split into levels (1 or n, C, a, a), by the matrices of edge.glnet.crops or places, split into (n, b, a) each."""
-    return [torch.matmul(torch.matmul(r.unsqueeze(1), level), c.unsqueeze(1).transpose(2, 3)) for level, r, c in zip(maps, rows, cols)]
+    return [patchnet.moved(*level) for level in zip(maps, rows, cols)]
 
 
 class Branch(nn.Module):
@@ -219,13 +211,15 @@ def widened(conv, plain):
         conv.bias.copy_(plain.bias)
 
 
-def begin_whole(net):
-    """Let the branch `whole` of a stage 3 start as stage 1's: with the same maps and scores, those of the tiles not heard yet."""
-    net.whole.encoder, net.whole.classify = copy.deepcopy(net.overview.encoder), copy.deepcopy(net.overview.classify)
+def begin_as(branch, first):
+    """Let a branch that sees the other start with the maps and scores of `first`, which sees none: nothing of the other is heard yet.
+    Where a norm is frozen in `first` alone, its statistics are left out."""
+    branch.encoder.load_state_dict(first.encoder.state_dict(), strict=False)
+    branch.classify.load_state_dict(first.classify.state_dict())
     for name in ("lateral", "smooth1", "smooth2"):
-        for conv, plain in zip(getattr(net.whole.pyramid, name), getattr(net.overview.pyramid, name)):
+        for conv, plain in zip(getattr(branch.pyramid, name), getattr(first.pyramid, name)):
             widened(conv, plain)
-    smooth, own = net.whole.pyramid.smooth, 2 * net.whole.pyramid.width  # of each level, its own maps and as many of the tiles'
+    smooth, own = branch.pyramid.smooth, 2 * branch.pyramid.width  # of each level, its own maps and as many of the other's
     with torch.no_grad():
         smooth.weight.zero_()
         smooth.bias.zero_()

@@ -15,10 +15,6 @@ class ResNetEncoder(ResNet50):
         super().__init__(width, norm)
         self.fc, self.features_out = nn.Linear(32 * width, features), features
 
-    def segments(self):
-        """Parts that recompute() may run twice."""
-        return self.blocks()
-
     def forward(self, x):
         return self.fc(super().forward(x).mean(dim=(2, 3)))
 
@@ -29,9 +25,6 @@ class MobileNetEncoder(MobileNetV2):
     def __init__(self, features, width, norm):
         super().__init__(width, norm)
         self.classifier, self.features_out = nn.Sequential(nn.Dropout(0.2), nn.Linear(self.channels, features)), features
-
-    def segments(self):
-        return list(self.features)
 
     def forward(self, x):
         return self.classifier(super().forward(x).mean(dim=(2, 3)))

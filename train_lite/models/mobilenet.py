@@ -45,6 +45,10 @@ class MobileNetV2(nn.Module):
         self.channels = scaled(LAST) if last else channels_in
         self.features = nn.Sequential(*layers + ([conv(channels_in, self.channels, norm, kernel=1)] if last else []))
 
+    def segments(self):
+        """Parts that recompute() may run twice."""
+        return list(self.features)
+
     def residual_ends(self):
         """The norms that end what is added to a shortcut."""
         return [block.conv[-1] for block in self.features if getattr(block, "shortcut", False)]

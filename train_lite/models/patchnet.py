@@ -21,9 +21,14 @@ class PatchNet(nn.Module):
         cols (B, p, q) the interpolation of g to each tile (edge.geometry.bilinear_matrix); the last three are
         ignored without fusion. Returns logits (B, outputs, p, p)."""
         if self.fusion != "none":
-            spread = torch.matmul(torch.matmul(rows.unsqueeze(1), g), cols.unsqueeze(1).transpose(2, 3))
+            spread = moved(g, rows, cols)
             features = torch.cat([features, spread], dim=1) if self.fusion == "concat" else features + spread
         return self.head(features)
 
     def forward(self, pixels, g=None, rows=None, cols=None):
         return self.score(self.encoder(pixels), g, rows, cols)
+
+
+def moved(maps, rows, cols):
+    """Maps (B or 1, C, a, b) by matrices rows (B, p, a) and cols (B, q, b): (B, C, p, q)."""
+    return torch.matmul(torch.matmul(rows.unsqueeze(1), maps), cols.unsqueeze(1).transpose(2, 3))

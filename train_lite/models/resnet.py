@@ -48,6 +48,10 @@ class ResNet50(nn.Module):
         """All residual blocks, in their order."""
         return [block for stage in (self.layer1, self.layer2, self.layer3, self.layer4) for block in stage]
 
+    def segments(self):
+        """Parts that recompute() may run twice."""
+        return self.blocks()
+
     def residual_ends(self):
         """The norms that end what is added to a shortcut."""
         return [block.bn3 for block in self.blocks()]
