@@ -36,9 +36,7 @@ def main(argv):
     config = config._replace(threads=torch.get_num_threads())  # kept with the run: sums depend on how they are shared
     try:
         while config:  # one training after another, of nets that are made of several
-            config = _train(config, run, device)
-            run = config and RunFolder(os.path.join(config.out, config.name))
-            config, run = _begun(run, config) if run and os.path.isfile(run.config) else (config, None)
+            config, run = _next(_train(config, run, device))
         return 0
     except (MemoryError, RuntimeError) as exc:
         if not out_of_memory(exc):
@@ -96,13 +94,17 @@ def _stored(run, flags):
     return config._replace(resume=flags.resume, json=flags.json, debug=flags.debug, smaller=flags.smaller), run
 
 
-def _begun(run, config):
-    """As _stored(), of the training `config` that follows another. Raises UsageError where another run has its name."""
-    stored, _run = found = _stored(run, config._replace(resume=run.path))
+def _next(config):
+    """The training `config` that follows another, None after the last, as _train() takes it: with its RunFolder where it was begun
+    already. Raises UsageError where another run has its name."""
+    run = config and RunFolder(os.path.join(config.out, config.name))
+    if not run or not os.path.isfile(run.config):
+        return config, None
+    stored, run = _stored(run, config._replace(resume=run.path))
     if stored.stage != config.stage or os.path.realpath(stored.base) != os.path.realpath(config.base):
         raise UsageError("the run %s exists and does not go on from %s. Move it away, then go on: --resume %s"
                          % (run.path, config.base, config.base))
-    return found
+    return stored, run
 
 
 def _data_folder(config):
