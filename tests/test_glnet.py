@@ -17,7 +17,7 @@ from train_lite import checkpoint, loop, state
 from train_lite.config import ModeSettings
 from train_lite.dataset import IGNORE, Pair
 from train_lite.evaluate import Branches
-from train_lite.glnet import GlobalBatch, SharedBatch, Stage1Loss, Stage2Loss, Stage3Loss, TileBatch, TileView
+from train_lite.glnet import Glnet, GlobalBatch, SharedBatch, Stage1Loss, Stage2Loss, Stage3Loss, TileBatch, TileView
 from train_lite.gradient import Gradient
 from train_lite.models import glnet, norm
 from train_lite.patches import MEAN, STD
@@ -336,6 +336,20 @@ def test_images_without_labels_teach_nothing(stage):
         made.finish(clip=0)
         found.append(taken(net))
     assert_same(*found)
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_plan_counts_the_maps_that_a_chunk_brings_along(stage, tiles):
+    """What is held of a real one, in float32; in stage 3 the merged maps, and what they are added to, beside it."""
+    net = seeded(stage)
+    if stage == 1:
+        assert Glnet.held(net, tiles, TILE) == 0
+        return
+    batch = batch_of(stage, [TileView(Memory(np.random.RandomState(0), 128, 128, TILE, 2), 0, TILE, OVERLAP)], 1)
+    chunk = batch.chunk([(0, t) for t in range(tiles)], net)
+    kept = list(batch.look(net, 0)) + chunk.others + [chunk.deep] + ([batch._merge(net, 0)] * 2 if stage == 3 else [])
+    assert Glnet.held(net, tiles, TILE) == sum(each.numel() * 4 for each in kept)
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
@@ -710,7 +724,6 @@ def test_pretrained_weights_with_frozen_norms(place, here, capsys):
 
 
 def problem_of(place, config, base):
-    from train_lite.glnet import Glnet
     _net, trained, classes, _tile, _meta = state.restore(str(place / "runs" / base / "best.safetensors"))
     config = trained._replace(base=str(place / "runs" / base), **config)
     entry = Memory(np.random.RandomState(0), 64, 48, 32, 2)

@@ -274,6 +274,15 @@ class Glnet(Segmentation):
         deep = branch.maps(pixels, others)[1]
         return loss.rows([branch.classify(deep), net.fuse_local(deep) + net.fuse_deep(deep)], labels).sum()
 
+    @staticmethod
+    def held(net, tiles, px):
+        """Maps of the whole image and their crops; in stage 3 the tiles' maps too, and what they are merged from."""
+        if isinstance(net, glnet.Alone):
+            return 0
+        deep = net.local.classify.in_channels * (px // 4) ** 2
+        maps = sum(count * (px // stride) ** 2 for count, stride in zip(net.channels, sharing.STRIDES))
+        return 4 * ((1 + tiles) * (maps + deep) + (2 * maps if net.whole else 0))
+
     def views_to_batch(self, views, _rng, _epoch, _number):
         if self.stage > 1:
             return SharedBatch(views, self.tile, self.stage == 3, self.recipe.batch, self.device)

@@ -104,6 +104,10 @@ class Look:
             self._counted[tiles, recomputed] = _kept(self.net, lambda: self._task.probe(self.net, self.outputs, tiles, PROBE_PX))
         return self._counted[tiles, recomputed]
 
+    def held(self, tiles):
+        """MiB that `tiles` tiles of PROBE_PX bring along."""
+        return self._task.held(self.net, tiles, PROBE_PX) / MIB
+
 
 def _kept(net, forward):
     own, seen = {p.data_ptr() for p in net.parameters()}, {}
@@ -146,7 +150,7 @@ def _estimate(look, levers, tile_px, loader_mib):
     samplers = levers.micro_batch * look.deform_kept  # one for every image in the micro-batch
     return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.trained,
             "optimizer": look.trained / 4 * STATE_BYTES[levers.optimizer],
-            "activations": max(top, deep) + samplers + (30 if levers.tight else 45), "loader": loader_mib}
+            "activations": max(top, deep) + look.held(levers.micro_batch) * scale + samplers + (30 if levers.tight else 45), "loader": loader_mib}
 
 
 def _loader_mib(headers):

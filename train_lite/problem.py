@@ -60,6 +60,11 @@ class Problem:
         """A scalar of what black patches become, to see what a pass through `net` keeps."""
         return net.encoder(torch.zeros(count, 3, px, px)).sum()
 
+    @staticmethod
+    def held(_net, _count, _px):
+        """Bytes that a chunk of as many patches brings along, besides what autograd keeps of it."""
+        return 0
+
     def words(self):
         """How it is trained, in one line."""
         return "mode %s, %s gradient, global patch %s, patch %d px" % (
