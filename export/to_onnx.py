@@ -113,10 +113,12 @@ def _quick_exporter():
     for every node, and hands every symbolic function a map of all nodes before it; two nodes of three are equal constants."""
     try:
         registry, utils = (importlib.import_module("torch.onnx." + name) for name in ("symbolic_registry", "utils"))
-    except ImportError:
+        register, split = registry.register_version, utils._split_tensor_list_constants
+    except (ImportError, AttributeError):
+        registry = None
+    if not registry:
         yield
         return
-    register, split = registry.register_version, utils._split_tensor_list_constants
 
     def split_and_pool(graph, block):
         split(graph, block)
