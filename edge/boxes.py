@@ -186,7 +186,7 @@ def apart(boxes, overlap, most):
     of `overlap`."""
     kept, left = [], boxes
     while len(left) and len(kept) < most:
-        kept.append(left[0])
+        kept.append(left[0].copy())  # of a view all of `left` would stay in memory
         left = left[1:]
         left = left[(left[:, 5] != kept[-1][5]) | (iou(kept[-1][None], left)[0] <= overlap)]
     return np.array(kept).reshape(-1, 6)

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -258,6 +259,18 @@ def test_overlapping_boxes_of_a_class_leave_the_best():
     assert boxes.apart(found, 0.95, 100)[:, 4].tolist() == [.9, .8, .7, .6]
     assert boxes.apart(found, 0.6, 2)[:, 4].tolist() == [.9, .7]
     assert boxes.apart(found[:0], 0.6, 2).shape == (0, 6)
+
+
+def test_boxes_that_are_kept_do_not_hold_the_others_in_memory():
+    """10,000 boxes of 0.5 MB, 300 kept: each of them would hold what was left when it was taken, 140 MB in all."""
+    grid = np.arange(10000)
+    found = np.stack([grid * 2, grid * 0, grid * 2 + 1, grid * 0 + 1, 1 - grid / 20000.0, grid * 0], axis=1)
+    tracemalloc.start()
+    try:
+        assert len(boxes.apart(found, 0.6, 300)) == 300
+        assert tracemalloc.get_traced_memory()[1] < 16e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_field_reads_what_was_written(tmp_path):
