@@ -50,7 +50,7 @@ with open("/proc/self/status") as handle:
 
 def rest_slow(cases, keep=1):
     """Cases for parametrize, each a tuple of arguments: after the first `keep` they are slow tests."""
-    return list(cases[:keep]) + [pytest.param(*case, marks=pytest.mark.slow) for case in cases[keep:]]
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (number >= keep)) for number, case in enumerate(cases)]
 
 
 # Trains `state` of `problem` on one batch: the end of programs for peaks_kib().
