@@ -468,7 +468,8 @@ from train_lite.detection import Detection
 from train_lite.state import State
 torch.set_num_threads(1)
 folder, res = sys.argv[1], int(sys.argv[2])
-config = TrainConfig(model="fcos-mobilenetv2", width=8, res=res, patch=256, patches=2, inner=1, global_patch="add", epochs=1)
+config = TrainConfig(model="fcos-mobilenetv2", width=8, res=res, patch=256, patches=2, inner=1, global_patch="add", epochs=1,
+                     micro_batch=4)  # a row of the small image has no more tiles
 pairs, classes = boxed.find(folder, 0.0)
 stored = store.ingest(pairs, classes, "long", res, os.path.join(folder, ".cache"), 16, (256, 256), 0, [])
 """
