@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, rest_slow, write_set
 from train_lite import checkpoint
 
-EPOCHS = 12
+EPOCHS = 8
 BATCHES = 4 * EPOCHS  # of a run: one per image that is trained on
 SAMPLED = ("--patches", 2, "--inner", 2)
 VARIANTS = {"sampled": SAMPLED, "accumulated": SAMPLED + ("--accumulation", 3, "--norm", "batch"), "exact": ("--gradient", "exact")}
