@@ -76,7 +76,9 @@ def test_it_learns(trained):
 
 def test_norms_are_frozen_and_best_is_of_the_final_kind(trained):
     tensors, meta = checkpoint.read(str(trained["run"] / "best.safetensors"))
-    assert len(meta["frozen"]) == 18 == sum(name.endswith("running_var") for name in tensors)
+    levels = {name.rsplit(".", 1)[0] for name in meta["frozen"]}
+    assert levels == {"encoder.%s.%d" % (part, level) for part in ("down", "merge") for level in (0, 1)}, "the large maps: whole and half of the size"
+    assert len(meta["frozen"]) == 8 == sum(name.endswith("running_var") for name in tensors)
 
 
 @pytest.mark.slow

@@ -443,7 +443,7 @@ def test_oblong_tasks_get_no_quarter_turns():
 
 @pytest.mark.parametrize("kind", ["deform", "edge", "uniform", "edge-oracle"])
 def test_every_norm_is_frozen_when_due(kind):
-    made = problem(sampler=kind, freeze_at=0.5)
+    made = problem(sampler=kind, freeze_at=0.5, freeze="all")
     state = State(made)
     names = norm.group_norms(state.net)
     state.step = 4

@@ -325,7 +325,7 @@ def seeded(model="unet", kind="group", outputs=1, fusion="none", width=4):
 
 def freeze(net, *chunks):
     while norm.group_norms(net):
-        norm.freeze_first(net, lambda: [net.encoder(chunk) for chunk in chunks])
+        norm.freeze_first(net, norm.group_norms(net), lambda: [net.encoder(chunk) for chunk in chunks])
 
 
 @pytest.mark.parametrize("model", ["unet", "deeplabv3"])
@@ -353,11 +353,22 @@ def test_frozen_statistics_are_those_of_all_chunks():
     with torch.no_grad():
         y = first(torch.cat(chunks)).double().numpy()
     y = y.transpose(1, 0, 2, 3).reshape(groups, -1)
-    name = norm.freeze_first(net, lambda: [net.encoder(chunk) for chunk in chunks])
+    name = norm.freeze_first(net, norm.group_norms(net), lambda: [net.encoder(chunk) for chunk in chunks])
     frozen = net.encoder.down[0][1]
     assert name == "encoder.down.0.1" and isinstance(frozen, norm.FrozenNorm)
     assert np.allclose(frozen.running_mean.numpy().reshape(groups, -1), y.mean(axis=1)[:, None], atol=1e-5)
     assert np.allclose(frozen.running_var.numpy().reshape(groups, -1), y.var(axis=1)[:, None], rtol=1e-4)
+
+
+def test_norms_of_large_maps():
+    """A U-Net's maps double in channels and halve in size: 4, 2, 1, 1/2 parts of the norms' work and one of 1/8 at the bottom."""
+    net = seeded()
+    run = lambda: net.encoder(torch.zeros(1, 3, 32, 32))  # noqa: E731
+    large = norm.of_large_maps(net, run)
+    assert sorted(large) == ["encoder.%s.%d.%d" % (part, level, at) for part in ("down", "merge") for level in (0, 1) for at in (1, 4)]
+    norm.put_frozen(net, large[:2])
+    assert norm.of_large_maps(net, run) == large[2:], "what is frozen already counts"
+    assert norm.fold(net) == 2 and sum(isinstance(module, norm.PlainGroupNorm) for module in net.modules()) == 16
 
 
 def test_batch_norms_are_measured_in_forward_order():

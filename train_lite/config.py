@@ -30,6 +30,7 @@ class TrainConfig(NamedTuple):
     width: int = 16
     norm: str = "group"
     freeze_at: float = 1.0
+    freeze: str = "large"
     weights: str = ""
     allow_pickle: bool = False
     # patches
@@ -109,6 +110,7 @@ HELPS = {
     "width": "channels of the net's first level; published: 64, mobilenetv2 32",
     "norm": "normalisation: group (exact gradients), batch, frozen (fixed statistics, measured before the first step)",
     "freeze_at": "share of the steps after which group norms are frozen, so that they fold at export (0.5 is a good one); 1: never",
+    "freeze": "which of them: large, those of the largest maps, which take three quarters of the time; or all, at some cost in F1",
     "weights": "pretrained weights of the encoder: .safetensors, or .pth with torchvision's names",
     "allow_pickle": "load a .pth on a torch without a safe loader (before 1.13): the file can run any code",
     "mode": "patch; or the paper's comparisons: full (whole image), down (image shrunk to --patch), tiled (no global patch)",
@@ -175,6 +177,7 @@ CHOICES = {
     "stage": ["123", "12", "23", "1", "2", "3"],
     "head": ["small", "patchgd"],
     "norm": ["group", "batch", "frozen"],
+    "freeze": ["large", "all"],
     "mode": ["patch", "full", "down", "tiled"],
     "gradient": ["sampled", "exact"],
     "global_patch": ["concat", "add", "none"],

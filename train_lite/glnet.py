@@ -291,7 +291,7 @@ class Glnet(Segmentation):
     def objective(self, _state):
         return LOSSES[self.stage](self.classes.outputs, self.config.focal, self.config.feature)
 
-    def learning_rate(self, step, frozen_at=0):
+    def learning_rate(self, step, frozen_at=None):
         return RATES[self.stage] * super().learning_rate(step, frozen_at)
 
     def calibrate(self, net):

@@ -95,9 +95,9 @@ class Problem:
         return Gradient(state.net, self.objective(state), self.settings, config.patches, config.inner, micro_batch(config),
                         state.loss_scale)
 
-    def learning_rate(self, step, frozen_at=0):
+    def learning_rate(self, step, frozen_at=None):
         """Of optimizer step 1, 2, ...: untuned linear warm-up over 2 / (1 - beta2) steps (Ma & Yarats 2019, section 5),
-        capped by a share of the run, times linear decay to 0. frozen_at: steps done when the norms were frozen."""
+        capped by a share of the run, times linear decay to 0. frozen_at: steps done when norms were frozen, None before."""
         config = self.config
         period = max(1.0, min(2 / (1 - config.beta2), (REWARM if frozen_at else config.warm_up) * self.steps))
-        return config.lr * min(1.0, (step - frozen_at) / period) * (1 - (step - 1) / float(self.steps))
+        return config.lr * min(1.0, (step - (frozen_at or 0)) / period) * (1 - (step - 1) / float(self.steps))

@@ -26,7 +26,7 @@ class State:
         if config.recompute:
             recompute(self.net.encoder)
         self.frozen = list(frozen)   # names of the group norms that have become affines
-        self.frozen_at = 0           # optimizer steps done when they did
+        self.frozen_at = None        # optimizer steps done when they did
         self.optimizer = self._new_optimizer(config)
         self.loss_scale = LossScale(config.half)
         self.epoch = self.batch = self.step = 0   # the next batch to do; optimizer steps done
@@ -66,18 +66,23 @@ class State:
         return state
 
     def freeze_if_due(self, problem):
-        """From problem.freeze_step on: freeze the group norms, in forward order, on statistics of training patches.
+        """From problem.freeze_step on: freeze group norms, in forward order, on statistics of training patches.
 
         AdamW begins anew, its rate with a warm-up: gradients are larger without group norm, and moments of the time
         before would make the first steps far too long. So does the best score: nets before that do not fold."""
-        names = norm.group_norms(self.net)
-        if not names or self.step < problem.freeze_step or problem.freeze_step == problem.steps:
+        names, config = norm.group_norms(self.net), problem.config
+        if not names or self.frozen_at is not None or self.step < problem.freeze_step or problem.freeze_step == problem.steps:
             return
         forward = problem.calibrate(self.net)
         self.net.eval()
-        self.frozen += [norm.freeze_first(self.net, forward) for _ in names]
+        if config.freeze == "large" and config.norm == "group":
+            names = norm.of_large_maps(self.net, forward)
+        left = set(names)
+        while left:
+            self.frozen.append(norm.freeze_first(self.net, left, forward))
+            left.remove(self.frozen[-1])
         self.frozen_at, self.best = self.step, -1.0
-        self.optimizer = self._new_optimizer(problem.config)
+        self.optimizer = self._new_optimizer(config)
         say("step %d: %d norms are frozen; they fold into the convolutions at export" % (self.step, len(names)))
 
     def measure_norms(self, problem):

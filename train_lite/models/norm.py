@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 EPS = 1e-5
+LARGE = 0.75  # share of all values that norms go over, which the largest maps make up
 
 
 class GroupNorm(nn.GroupNorm):
@@ -97,12 +98,26 @@ def group_norms(net):
     return [name for name, module in net.named_modules() if isinstance(module, GroupNorm)]
 
 
-def freeze_first(net, forward):
-    """Replace the group norm that comes first in forward order by a FrozenNorm with statistics measured on real
-    patches (docs/method.md, section 3).
+def of_large_maps(net, forward):
+    """Those of group_norms(net) that take most of the time: the norms of the largest maps, down to the size at which they make up
+    LARGE of the values that all norms of `net` go over, frozen ones too. forward(): as of freeze_first()."""
+    sizes = {}
+
+    def look(name, x):
+        sizes[name] = x[0].numel()
+
+    _watch({name: module for name, module in net.named_modules() if isinstance(module, (GroupNorm, FrozenNorm))}, look, forward)
+    ranked = sorted(sizes.values(), reverse=True)
+    least = next(size for size in ranked if sum(other for other in ranked if other >= size) >= LARGE * sum(ranked))
+    return [name for name in group_norms(net) if sizes.get(name, 0) >= least]
+
+
+def freeze_first(net, names, forward):
+    """Replace the one of the group norms `names` that comes first in forward order by a FrozenNorm with statistics measured on
+    real patches (docs/method.md, section 3).
 
     forward(): runs calibration patches through `net`, chunk by chunk; called once, without grad. Returns its name."""
-    first, mean, var = _first_moments({name: net.get_submodule(name) for name in group_norms(net)}, forward, lambda norm: norm.num_groups)
+    first, mean, var = _first_moments({name: net.get_submodule(name) for name in names}, forward, lambda norm: norm.num_groups)
     with torch.no_grad():
         new, = put_frozen(net, [first])
         per_group = len(new.weight) // len(mean)
@@ -131,27 +146,31 @@ def measure(net, forward):
 def _first_moments(norms, forward, groups_of):
     """(name, mean, variance) of what goes into the first, in forward order, of `norms`, a dict by name; of each of its
     groups_of(norm) groups of channels. (None, None, None) when forward() reaches none."""
-    sums, hooks = {}, []  # sums: name of the first -> (3, groups) float64: sum, sum of squares, count
+    sums = {}  # name of the first -> (3, groups) float64: sum, sum of squares, count
 
-    def add(name, norm, x):
+    def add(name, x):
         if sums and name not in sums:
             return
-        x = x.reshape(x.shape[0], groups_of(norm), -1).double()
+        x = x.reshape(x.shape[0], groups_of(norms[name]), -1).double()
         count = torch.full_like(x[0, :, 0], x.shape[0] * x.shape[2])
         sums[name] = sums.get(name, 0) + torch.stack([x.sum(dim=(0, 2)), (x * x).sum(dim=(0, 2)), count])
 
-    for name, norm in norms.items():
-        hooks.append(norm.register_forward_pre_hook(lambda norm, args, name=name: add(name, norm, args[0])))
+    _watch(norms, add, forward)
+    for name, (total, squares, count) in sums.items():
+        mean = total / count
+        return name, mean, (squares / count - mean * mean).clamp(min=0)
+    return None, None, None
+
+
+def _watch(norms, look, forward):
+    """Call look(name, x) with what goes into the modules of a dict by name while forward() runs without grad."""
+    hooks = [norm.register_forward_pre_hook(lambda _norm, args, name=name: look(name, args[0])) for name, norm in norms.items()]
     try:
         with torch.no_grad():
             forward()
     finally:
         for hook in hooks:
             hook.remove()
-    for name, (total, squares, count) in sums.items():
-        mean = total / count
-        return name, mean, (squares / count - mean * mean).clamp(min=0)
-    return None, None, None
 
 
 def put_frozen(net, names):
