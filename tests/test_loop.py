@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
 
 @pytest.mark.slow
 def test_published_unet_trains_in_a_gigabyte(tmp_path):
-    assert peak("patch-exact", 512, 64, str(tmp_path / "s")) <= 1000
+    assert peak("patch-exact", 256, 64, str(tmp_path / "s")) <= 1000  # four patches: chunks of every kind
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_real_retina_images_train(tmp_path):
         handle.write("image,mask,split\n")
         for name, split in (("01L", "train"), ("01R", "train"), ("02L", "val")):
             handle.write("%s/Image_%s.jpg,%s/Image_%s_1stHO.png,%s\n" % (folder, name, folder, name, split))
-    done = command("train_lite", "--data", tmp_path / "pairs.csv", "--res", 512, "--width", 4, "--epochs", 6, "--lr", 3e-3,
+    done = command("train_lite", "--data", tmp_path / "pairs.csv", "--res", 512, "--width", 4, "--epochs", 4, "--lr", 3e-3,
                    "--name", "run", "--out", "runs", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 0 < json.loads(done.stdout)["val"]["pooled"]["acc"] <= 1
