@@ -87,7 +87,7 @@ def plain_gradient(net, batch, outputs):
 
 def gradient(net, loss, how="exact", fill="image", micro=3, patches=1, inner=1):
     settings = ModeSettings("none", 0, TILE, net.fusion, how, fill, 0)
-    return Gradient(net, loss, settings, patches, inner, micro, ahead=4)
+    return Gradient(net, loss, settings, patches, inner, micro)
 
 
 def relative(got, want):
@@ -127,17 +127,6 @@ def test_exact_does_not_depend_on_the_chunks(micro):
     list(ours.rounds(batch, np.random.RandomState(0)))
     ours.finish(clip=0)
     assert max(relative(p.grad, want[name]) for name, p in net.named_parameters() if want[name].abs().max() > 1e-8) < 1e-8
-
-
-@pytest.mark.parametrize("norm, model, first", [("group", "unet", 4), ("batch", "unet", 1), ("group", "deeplabv3", 1)])
-def test_the_first_pass_takes_more_patches_where_each_is_its_own(norm, model, first, monkeypatch):
-    """Statistics of a batch and dropout depend on the chunk, so both passes need the same ones."""
-    net, loss, batch = problem(norm, "none", 1, sizes=((64, 32),), model=model)
-    sizes, kept = [], loss.kept
-    monkeypatch.setattr(loss, "kept", lambda net, half, chunk, g: sizes.append(len(chunk.image)) or kept(net, half, chunk, g))
-    list(gradient(net, loss, micro=1).rounds(batch, np.random.RandomState(0)))
-    count = len(batch.every_patch())
-    assert count >= 8 and sizes == [first] * (count // first) + [count % first] * (count % first > 0) + [1] * count
 
 
 def test_dropout_draws_the_same_units_in_both_passes():

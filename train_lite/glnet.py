@@ -230,8 +230,6 @@ class TileView(View):
 class Glnet(Segmentation):
     """Stage 1 and the baselines (--mode down: whole images, --mode tiled: tiles alone) train an Alone; stages 2 and 3 a GLNet."""
 
-    ahead = 1  # maps of other branches come with every tile
-
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
         self.stage = stage(self.config)

@@ -8,11 +8,10 @@ A task's objective says what that is: objective.kept(net, half, chunk, g) gives 
 objective.table(batch) a table for one batch, such as losses.SumTable."""
 import numpy as np
 import torch
-from torch import nn
 
 from jetson import phases
 from train_lite.half import LossScale
-from train_lite.models.norm import BatchNorm, set_updating
+from train_lite.models.norm import set_updating
 from train_lite.optimizer import SLAB
 from train_lite.patches import draw
 
@@ -21,12 +20,10 @@ class Gradient:
     """Gathers gradients of a net in its parameters' .grad, batch after batch, until finish().
 
     how: a config.ModeSettings; patches, inner: PatchGD's k and J; micro_batch: patches in memory at once; loss_scale: of
-    a training in half precision; ahead: times micro_batch that the first pass takes, where a patch's answer is its own."""
+    a training in half precision."""
 
-    def __init__(self, net, objective, how, patches, inner, micro_batch, loss_scale=None, ahead=1):
+    def __init__(self, net, objective, how, patches, inner, micro_batch, loss_scale=None):
         self.net, self.objective, self.how, self.micro_batch = net, objective, how, micro_batch
-        mixed = any(isinstance(module, (BatchNorm, nn.Dropout, nn.Dropout2d)) for module in net.modules())
-        self._first = micro_batch * (1 if mixed else ahead)
         self.loss_scale = loss_scale or LossScale(half=False)
         self.patches, self.inner = patches, inner
         self.pending = 0      # contributions since the last finish()
@@ -47,9 +44,8 @@ class Gradient:
                 table.clear()
             yield self.add(batch, picks, table, seed, filled=self.how.fill == "image" and not self._stale)
 
-    def _chunks(self, picks, size=0):
-        size = size or self.micro_batch
-        return [picks[i:i + size] for i in range(0, len(picks), size)]
+    def _chunks(self, picks):
+        return [picks[i:i + self.micro_batch] for i in range(0, len(picks), self.micro_batch)]
 
     def _kept(self, batch, picks, features, seed):
         chunk = batch.chunk(picks, self.net)
@@ -76,7 +72,7 @@ class Gradient:
         phases.mark("pass 1")
         with torch.no_grad():
             features = self._features(batch, seed)
-            for number, part in enumerate(self._chunks(picks, self._first)):
+            for number, part in enumerate(self._chunks(picks)):
                 table.put(part, self._kept(batch, part, features, seed + 1 + number))
         self._stale = False
 

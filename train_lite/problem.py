@@ -35,7 +35,6 @@ class Problem:
     view = View
     turns = range(8)  # of View: how training images may be turned
     scores_pixels = True  # of images at --res, whatever size the net was trained at
-    ahead = 4  # of Gradient: without graph so many times as many patches take less memory than one chunk with it
 
     def __init__(self, config, classes, train, val, test, device):
         self.config, self.classes, self.device = config, classes, device
@@ -94,7 +93,7 @@ class Problem:
     def gradient(self, state):
         config = self.config
         return Gradient(state.net, self.objective(state), self.settings, config.patches, config.inner, micro_batch(config),
-                        state.loss_scale, self.ahead)
+                        state.loss_scale)
 
     def learning_rate(self, step, frozen_at=None):
         """Of optimizer step 1, 2, ...: untuned linear warm-up over 2 / (1 - beta2) steps (Ma & Yarats 2019, section 5),
