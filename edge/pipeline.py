@@ -4,6 +4,7 @@ import numpy as np
 from edge import boxes, glnet
 from edge import contract as contracts
 from edge import scores
+from edge.command import say
 from edge.errors import BadFile, UsageError
 from edge.warp import path
 
@@ -25,6 +26,7 @@ class Segmenter:
             self.recipe = self.recipe._replace(resize="none")
         self.tiled, self.scale = contract["pipeline"] in contracts.TILED, 1.0
         self.moves, self._still = contract["pipeline"] == "deform", path.Still(still)
+        self._warned = False
         if still >= 0 and not self.moves:
             raise UsageError("--still %g: the model is of the pipeline %s, which does not move samples; expected one of deform. Leave "
                              "--still out" % (still, contract["pipeline"]))
@@ -121,10 +123,20 @@ class Segmenter:
     def results(self, frame, picture, sinks, lap):
         """One frame into the sinks. Returns what its line says of it."""
         mask, overlay, counts = sinks.write_bands(frame, picture, self.bands(picture, lap), lap, self.blend)
-        samples = sinks.write_samples(frame, overlay, self.positions)
+        self._warn(frame)
+        samples = sinks.write_samples(frame, overlay, self.positions, self.recipe)
         lap("write")
         return {"mask": mask, "overlay": overlay, "samples": samples,
                 "area": {name: float(n) / counts.sum() for name, n in zip(self.classes, counts)}}
+
+    def _warn(self, frame):
+        """Say, once, that samples have collapsed: where there are none, things are missed."""
+        if self.positions is None or self._warned:
+            return
+        self._warned, crowded, folded = path.faults(self.positions, self.recipe)
+        if self._warned:
+            say("warning: the samples of %s have collapsed (%.0f %% of them in one place, %.0f %% folded over); is it an image like "
+                "those of training? This is said once" % (frame.origin, 100 * crowded, 100 * folded))
 
     def attempt(self, work):
         """work(), which takes one frame through this pipeline. One with another model at hand may call it again: edge.shelf."""

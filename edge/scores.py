@@ -87,8 +87,9 @@ def encoded(view, boxes, recipe, encode, lap, pixels):
 
 def encoded_overview(view, recipe, encode, lap, pixels):
     """encoded() of the global patch: (1, ...)."""
-    side = recipe.overview
-    return encoded(pixels.fitted(view, side, side), [(0, 0, side, side)], recipe, encode, lap, pixels)
+    found = np.array(encode(prepared_overview(view, recipe, lap, pixels))[:1])
+    lap("run")
+    return found
 
 
 def grid(recipe):

@@ -150,14 +150,16 @@ class Sinks:
             self._live.show(view)
         return path
 
-    def write_samples(self, frame, overlay_path, positions):
-        """Draw where a frame's samples lie, beside its overlay. positions: (th, tw, 2), or None. Returns the path, or None."""
+    def write_samples(self, frame, overlay_path, positions, recipe):
+        """Draw where a frame's samples lie, and what was found there, beside its overlay. positions: (th, tw, 2), or None; recipe:
+        the WarpRecipe by which they were made. Returns the path, or None."""
         if overlay_path is None or positions is None:
             return None
         from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
-        path, small = overlay_path[:-len("overlay.png")] + "samples.png", pictures.shown(frame.open())
-        samples = (reference.sample(images.ArrayPicture(small), positions) + 0.5).astype(np.uint8)
-        images.write_png(path, pictures.whereabouts(small, positions, samples))
+        path, picture = overlay_path[:-len("overlay.png")] + "samples.png", frame.open()
+        view = images.resized(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
+        samples = (reference.sample(view, positions) + 0.5).astype(np.uint8)
+        images.write_png(path, pictures.whereabouts(pictures.shown(picture), positions, samples))
         return path
 
     def write_line(self, result):
@@ -199,7 +201,7 @@ class Memory:
     def write_sheet(self, _frame, _paint):
         self.mask = None
 
-    def write_samples(self, _frame, _overlay_path, _positions):
+    def write_samples(self, _frame, _overlay_path, _positions, _recipe):
         return None
 
     def write_line(self, result):

@@ -124,8 +124,8 @@ def test_learning_rate_warms_up_and_decays():
     assert abs(problem.learning_rate(100) - 0.901) < 1e-9  # 2000 steps, capped at a tenth of the run
 
 
-def peak(way, res, width, folder):
-    """MiB that one training step peaks at, by the benchmark's own child."""
+def peak(way, res, width, folder, steps=1):
+    """MiB that training steps peak at, by the benchmark's own child."""
     for kind in ("images", "masks"):
         os.makedirs(os.path.join(folder, kind))
     paths = [os.path.join(folder, kind, "0.png") for kind in ("images", "masks")]
@@ -135,7 +135,7 @@ def peak(way, res, width, folder):
             drawn.resize((res, res), Image.NEAREST).save(path, compress_level=1)
     out = subprocess.check_output(
         [sys.executable, os.path.join(ROOT, "scripts", "bench", "train_memory.py"), "--child", way, folder, "--res", str(res),
-         "--width", str(width), "--steps", "1", "--threads", "1"], env=dict(os.environ, PYTHONPATH=ROOT, OMP_WAIT_POLICY="PASSIVE"))
+         "--width", str(width), "--steps", str(steps), "--threads", "1"], env=dict(os.environ, PYTHONPATH=ROOT, OMP_WAIT_POLICY="PASSIVE"))
     return json.loads(out.decode().splitlines()[-1])["peak_mib"]
 
 
@@ -148,7 +148,8 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
 
 @pytest.mark.slow
 def test_published_unet_trains_in_a_gigabyte(tmp_path):
-    assert peak("patch-exact", 256, 64, str(tmp_path / "s")) <= 1000  # four patches: chunks of every kind
+    """Four patches: chunks of every kind. Two steps: the second has AdamW's moments beside the activations."""
+    assert peak("patch-exact", 256, 64, str(tmp_path / "s"), steps=2) <= 1024
 
 
 @pytest.mark.slow

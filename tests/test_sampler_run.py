@@ -15,6 +15,7 @@ from doubles import api_folder
 from edge import cli, contract, images
 from edge.backends import ort
 from edge.errors import ParityError
+from edge.geometry import nearest_index
 from edge.pipeline import Segmenter
 from edge.warp import pictures, reference
 from export import __main__ as export
@@ -190,6 +191,7 @@ def test_overlay_shows_where_the_samples_were_taken(deform, uniform, tmp_path):
         assert {name.split(".")[1] for name in os.listdir(str(out)) if name.endswith("png")} == kinds
         line = json.loads((out / "results.jsonl").read_text())
         assert (line["samples"] or "").endswith("a.samples.png" if "samples" in kinds else "")
+    made, files = contract.load(str(deform["model"]))
     with Image.open(str(tmp_path / "deform" / "a.samples.png")) as sheet:
         panels = np.asarray(sheet)[pictures.BAR_PX:]
     height, width = 219, 512  # a panel's
@@ -198,6 +200,25 @@ def test_overlay_shows_where_the_samples_were_taken(deform, uniform, tmp_path):
     assert len(np.unique(seen.reshape(-1, 3), axis=0)) > 50  # samples of the photo, each shown as a block
     rows = np.flatnonzero((seen[1:] != seen[:-1]).any(axis=(1, 2)))
     assert 20 < len(rows) <= 31 and np.diff(rows).min() > 4
+    view = images.resized(images.open_photo(str(tmp_path / "a.png")), 51, 120)  # what the net looks at, not the smaller sheet
+    with Segmenter(made, files, ort) as opened:
+        opened.mask(view)
+        samples = reference.sample(view, opened.positions) + 0.5
+    rows, cols = nearest_index(height, 32), nearest_index(width, 64)
+    assert np.array_equal(seen, samples.astype(np.uint8)[rows][:, cols])
+
+
+def test_samples_that_have_collapsed_are_named_once_and_every_pixel_gets_a_class(deform, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        photo(tmp_path / "in" / (name + ".png"), 96, 120)
+    words = ("--engine", deform["model"], "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert ran(cli.main, *words) == 0 and "collapsed" not in capsys.readouterr().err
+    monkeypatch.setattr(reference, "grid", lambda *_given: np.full((32, 64, 2), 0.4, np.float32))
+    assert ran(cli.main, *words) == 0
+    said = capsys.readouterr().err
+    assert said.count("have collapsed") == said.count("a.png have collapsed (100 % of them in one place") == 1, said
+    assert mask_of(tmp_path / "out" / "b.mask.png").shape == (96, 120)
 
 
 # --- scenes that are still ----------------------------------------------------------------------------------------
@@ -458,6 +479,24 @@ def test_engine_gives_the_masks_of_onnx_runtime(generation, sampler, request, tm
         masks.append(mask_of(tmp_path / "out.png"))
     assert "trt (TensorRT " + generation in done.stderr and masks[0].any() and not masks[0].all()
     assert (masks[0] == masks[1]).mean() >= 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir(api_folder()), reason="the listed names of TensorRT's bindings are not in %s; set "
+                    "NANOPATCH_DATA" % api_folder())
+def test_half_precision_moves_no_sample(deform, tmp_path):
+    """The net of the task is built in half precision, the one that says where to look is not: the same pictures of where they lie."""
+    done = build(deform, tmp_path, "8.2", "--fp16")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "model.plan.json").read_text())
+    assert made["engine"]["precision"] == "float16" and made["parity"]["max_abs_error"] > 0
+    photo(tmp_path / "a.png", 130, 117)
+    drawn = []
+    for engine, env in ((deform["model"], {}), (tmp_path / "model.plan", board("8.2", tmp_path))):
+        done = edge_run("--engine", engine, "--input", tmp_path / "a.png", "--output", tmp_path / "out", **env)
+        assert done.returncode == 0, done.stderr
+        drawn.append(mask_of(tmp_path / "out" / "a.samples.png").astype(int))
+    assert abs(drawn[0] - drawn[1]).max() <= 1
 
 
 # --- runs that are killed, and large images -----------------------------------------------------------------------

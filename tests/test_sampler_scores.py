@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from conftest import rest_slow, write_set  # noqa: E402
 from edge import scores  # noqa: E402
 from edge.geometry import nearest_index  # noqa: E402
-from edge.warp import reference  # noqa: E402
+from edge.warp import path, reference  # noqa: E402
 from edge.warp import pictures as warp_pictures  # noqa: E402
 from train_lite import dataset, evaluate, metrics, pictures, run, state, store  # noqa: E402
 from train_lite.config import TrainConfig, mode_settings  # noqa: E402
@@ -219,7 +219,7 @@ def spike(height, nodes=64):
 def test_a_density_of_one_point_is_a_fault_and_a_speck_is_none(radius, task):
     config = TrainConfig(sampler="deform", task_size="%dx%d" % (task, task), radius=radius)
     recipe = evaluate.recipe(mode_settings(config), 0, 1)
-    wrong = [evaluate.faults(reference.grid(reference.softmax(spike(height)), task, task, *recipe.radius), recipe)[0]
+    wrong = [path.faults(reference.grid(reference.softmax(spike(height)), task, task, *recipe.radius), recipe)[0]
              for height in (0, 4, 50)]
     assert wrong == [False, False, True]
 
@@ -227,8 +227,8 @@ def test_a_density_of_one_point_is_a_fault_and_a_speck_is_none(radius, task):
 def test_a_folded_grid_is_a_fault():
     case = [case for case in CASES if case.name == "fold"][0]
     recipe = evaluate.recipe(mode_settings(TrainConfig(sampler="deform", task_size="64x64")), 0, 1)
-    assert evaluate.faults(reference.own_positions(64, 64)[:, ::-1], recipe)[0]
-    assert evaluate.faults(grid_of(case), recipe)[2] == reference.faults(grid_of(case)).folded / 4096.0
+    assert path.faults(reference.own_positions(64, 64)[:, ::-1], recipe)[0]
+    assert path.faults(grid_of(case), recipe)[2] == reference.faults(grid_of(case)).folded / 4096.0
 
 
 def test_one_line_says_how_many_images_are_wasted(tmp_path, capsys):
@@ -292,9 +292,8 @@ def trained(folder, csv, *flags):
     with open(str(folder / "set" / "pairs.csv"), "w") as handle:
         handle.write("image,mask,split\n" + "".join("images/%02d.png,masks/%02d.png,%s\n" % (i, i, split)
                                                     for i, split in enumerate(csv)))
-    words = ("--data", data, "--out", folder / "runs", "--name", "run", "--res", 56, "--patch", 32, "--overlap", 8,
-             "--width", 4, "--task-size", "32x32", "--density", 16, "--deform-width", 8, "--epochs", 2,
-             "--threads", 1) + flags
+    words = ("--data", data, "--out", folder / "runs", "--name", "run", "--res", 56, "--width", 4, "--task-size", "32x32",
+             "--density", 16, "--deform-width", 8, "--epochs", 2, "--threads", 1) + flags
     assert run.main([str(word) for word in words]) == 0
     return json.loads((folder / "runs" / "run" / "summary.json").read_text())
 
@@ -317,7 +316,7 @@ def test_without_test_images_the_last_validation_says_it_all(tmp_path, capsys):
 
 
 def test_a_patch_run_says_nothing_of_samples(tmp_path, capsys):
-    summary = trained(tmp_path, ("train", "train", "val", "test"))
+    summary = trained(tmp_path, ("train", "train", "val", "test"), "--patch", 32, "--overlap", 8)
     assert summary["val"]["boundary_f1"] is None and "boundary_f1" in summary["test"] and "low_res" not in summary["test"]
     said = capsys.readouterr().err
     assert re.search(r"^test  IoU \S+  F1 \S+  boundary F1 \S+ \(best net, 1 images\)$", said, re.MULTILINE)

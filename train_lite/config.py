@@ -110,7 +110,7 @@ HELPS = {
     "width": "channels of the net's first level; published: 64, mobilenetv2 32",
     "norm": "normalisation: group (exact gradients), batch, frozen (fixed statistics, measured before the first step)",
     "freeze_at": "share of the steps after which group norms are frozen, so that they fold at export (0.5 is a good one); 1: never",
-    "freeze": "which of them: large, those of the largest maps, which take three quarters of the time; or all, at some cost in F1",
+    "freeze": "which of them: large, those of the largest maps, which take three quarters of the time; or all, at some cost in F1. Of --norm frozen all",
     "weights": "pretrained weights of the encoder: .safetensors, or .pth with torchvision's names",
     "allow_pickle": "load a .pth on a torch without a safe loader (before 1.13): the file can run any code",
     "mode": "patch; or the paper's comparisons: full (whole image), down (image shrunk to --patch), tiled (no global patch)",
@@ -225,6 +225,10 @@ def check(config):
         if config.mode != "patch":
             raise UsageError("--sampler %s and --mode %s: a sampler takes the place of patches; leave one out"
                              % (config.sampler, config.mode))
+        for name in ("gradient", "global_patch", "patch", "patches", "inner", "draw", "fill", "overlap"):
+            if getattr(config, name) != getattr(TrainConfig(), name):
+                raise UsageError("--sampler %s and --%s %s: the net sees all samples at once, there are no patches behind them; leave one out"
+                                 % (config.sampler, name.replace("_", "-"), getattr(config, name)))
     if config.model not in GLNETS and (config.stage, config.base, config.coarse) != ("123", "", 0.0):
         raise UsageError("--stage, --base and --coarse are for --model %s; this one is %s. Leave them out" % (" and ".join(GLNETS), config.model))
     if config.coarse and "3" in config.stage:

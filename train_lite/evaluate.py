@@ -9,14 +9,6 @@ from train_lite import marin, metrics
 from train_lite.deform import Sampler, oracle_logits
 from train_lite.patches import MEAN, STD
 
-# When samples are said to be wasted. What one point of a density draws to itself is what lies within its radius: 2 % of the
-# samples at --radius 0.0625, 27 % at 0.25, so a limit in shares of all samples would never be met, or always. In shares of
-# what a point can draw, densities trained on the demo set come to 0.01, on specks of 6 to 14 px in images of 512 px to 0.2,
-# a single node to 0.73 and more.
-CROWDED = 0.5     # of them in the room that a single sample has undeformed
-LEAST_CROWD = 16  # samples there: 4 times as close each way is what a density is for
-FOLDED = 0.01     # of the grid's cells turned over: trained ones have none; un-warping takes the first of two samples
-
 
 def recipe(settings, tile, batch):
     """The Recipe (edge.scores) of a net trained with `settings` (config.ModeSettings) on tiles of `tile` px; that of
@@ -171,14 +163,14 @@ class SampleScores:
     """What tells the net's share in the scores of a Sampler from that of the samples' places."""
 
     def __init__(self, sampler, classes):
-        self.recipe, self.classes = sampler.recipe, classes
+        self.recipe, self.kind, self.classes = sampler.recipe, sampler.kind, classes
         self.low, self.best, self.faults = [], [], []
 
     def add(self, stored, seen, ceiling):
         """An image. seen: its Seen. ceiling: whether to compute that: as long again as to un-warp the net's scores."""
         labels = reference.sample_labels(stored.labels, seen.positions)
         self.low.append(metrics.confusion(labels, scores.labels_of(seen.scores), self.classes))
-        self.faults.append(faults(seen.positions, self.recipe) + (stored.pair.name,))
+        self.faults.append(path.faults(seen.positions, self.recipe) + (stored.pair.name,))
         if ceiling:
             votes = (labels == np.arange(self.classes)[:, None, None]).astype(np.float32)  # of IGNORE: for no class
             bands = reference.unwarp_labels(votes, seen.positions, stored.height, stored.width)
@@ -194,17 +186,9 @@ class SampleScores:
         if faulty:
             _wrong, crowded, folded, name = faulty[-1]
             say("warning: the samples of %d of %d images have collapsed (worst: %s, %.0f %% of them in one place, %.0f %% "
-                "folded over): take a smaller --radius" % (len(faulty), len(self.faults), name, 100 * crowded, 100 * folded))
+                "folded over): %s" % (len(faulty), len(self.faults), name, 100 * crowded, 100 * folded,
+                                      "take a smaller --lr" if self.kind == "marin" else "take a smaller --radius"))
         return {"low_res": _iou_f1(self.low), "ceiling": _iou_f1(self.best) if self.best else None, "faulty": len(faulty)}
-
-
-def faults(positions, recipe):
-    """(whether too many samples are wasted, share of them that is in one sample's room, share of the grid's cells that is
-    folded) of a grid (th, tw, 2) made by a density as in the WarpRecipe."""
-    found, samples = reference.faults(positions), positions[..., 0].size
-    drawn = np.prod([min(1.0, (2 * reach + 1.0) / nodes) for reach, nodes in zip(recipe.radius, recipe.density)])
-    crowded, folded = found.crowded, found.folded / float(samples)
-    return crowded > max(CROWDED * drawn, LEAST_CROWD / float(samples)) or folded > FOLDED, crowded, folded
 
 
 def _iou_f1(matrices):

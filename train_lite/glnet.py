@@ -381,6 +381,6 @@ def demand_base(config):
                          "as runs/train/NAME" % (config.base, config.stage, stage(config) - 1))
     trained = restore_base(config)[1]
     for name, theirs, ours in [("--stage", stage(trained) if trained.model in GLNETS else "of another net", stage(config) - 1)] + [
-            ("--" + field, getattr(trained, field), getattr(config, field)) for field in ("model", "width", "patch", "mode")]:
+            ("--" + field, getattr(trained, field), getattr(config, field)) for field in ("model", "width", "patch", "mode", "norm")]:
         if theirs != ours:
             raise UsageError("--base %s was trained with %s %s; expected %s" % (config.base, name, theirs, ours))

@@ -38,7 +38,7 @@ def own_nodes():
 
 
 def targets(edges):
-    """Where the nodes should lie: edges (h, w), above 0 where labels change -> (2, NODES, NODES) float64 in u.
+    """Where the nodes should lie: edges (h, w), above 0 where labels change, or in the cell beside -> (2, NODES, NODES) float64 in u.
 
     The least of ALPHA sum |p - b|^2 + (1 - sqrt(ALPHA)) sum |p - p'|^2 over neighbours p', b the label edge nearest to a node's
     own place; nodes of a border keep to it. Without any label edge nodes stay."""

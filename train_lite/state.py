@@ -77,6 +77,9 @@ class State:
         self.net.eval()
         if config.freeze == "large" and config.norm == "group":
             names = norm.of_large_maps(self.net, forward)
+        if not names:  # a stage of GLNet may begin with all of them frozen
+            self.frozen_at = 0
+            return
         left = set(names)
         while left:
             self.frozen.append(norm.freeze_first(self.net, left, forward))

@@ -12,7 +12,6 @@ from edge.geometry import bilinear_matrix, reflect, to_pixels, to_unit
 from edge.images import ArrayPicture
 from edge.scores import labels_of
 
-GEOMETRY_VERSION = 1
 EMPTY = 1e-30      # a node with less density about it stays where it is
 BLOCK_ROWS = 128   # of a picture that is read in parts, as the tile store and large PNG files are
 BAND_PX = 1 << 16  # pixels un-warped at a time: arrays of them stay in a processor's cache

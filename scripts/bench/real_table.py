@@ -2,10 +2,10 @@
 
     python scripts/bench/real_table.py chasedb1 --sets FOLDER --res 1024 --epochs 40 --width 8 --seeds 1
     python scripts/bench/real_table.py hrf_av --sets FOLDER --res 2048 --rows down,ours --epochs 20 --width 8
-    python scripts/bench/real_table.py chasedb1 --sets FOLDER --rows ours,frozen --seeds 3
+    python scripts/bench/real_table.py chasedb1 --sets FOLDER --rows ours,frozen-large --seeds 3
 
 Rows: full (whole image), down (shrunk to one patch), no-global (patches alone), ours (patches and global patch),
-frozen (ours with freeze-and-fold of the large maps' norms), frozen-all (of all norms). The last epoch's net is scored: nothing is chosen on the test images.
+frozen-large (ours with freeze-and-fold of the large maps' norms), frozen-all (of all norms). The last epoch's net is scored: nothing is chosen on the test images.
 Other flags go to train_lite as they are. Runs that are finished in --out are read, not repeated."""
 import argparse
 import os
@@ -16,7 +16,7 @@ import real_sets
 from trainings import summary
 
 ROWS = {"full": ["--mode", "full"], "down": ["--mode", "down"], "no-global": ["--global-patch", "none"], "ours": [],
-        "frozen": ["--freeze-at", "0.5"], "frozen-all": ["--freeze-at", "0.5", "--freeze", "all"]}
+        "frozen-large": ["--freeze-at", "0.5"], "frozen-all": ["--freeze-at", "0.5", "--freeze", "all"]}
 NAMES = ("acc", "f1", "iou", "bacc", "plr", "nlr")
 
 
