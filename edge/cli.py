@@ -13,6 +13,7 @@ from edge.pressure import MODES
 from edge.pressure import check as check_pressure
 from edge.sinks import Sinks, is_film, is_page, lines_beside
 from edge.sources import open_source, uri
+from jetson import phases
 
 
 class EdgeConfig(NamedTuple):
@@ -187,6 +188,7 @@ def main(argv):
     if config.write_service:
         return service.write(config, hidden)
     banner("edge-run", backend.DEVICE, backend.describe())
+    phases.mark("load")
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
     with ends_cleanly(), contextlib.closing(open_source(config.input, limit, source_options(config))) as source, \
             shelf.opened(config.engine, config.backend, config.threads, config.resize, config.still, config.score, found=found) as pipeline:
@@ -195,6 +197,7 @@ def main(argv):
         with live_page(config, source, pipeline) as page, service.running("model %s loaded" % pipeline.model), \
                 contextlib.closing(Sinks(config.output, pipeline.palette, config.overlay, config.input_rate, page)) as sinks:
             pressure = loop.pressure_on(source, pipeline, config.pressure, config.least_rate, config.least_scale)
+            phases.mark("run")
             done, failed, health = loop.run(source, pipeline, sinks, pressure)
     if health:
         health = source.health()  # what was dropped at the end counts too

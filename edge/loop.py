@@ -13,6 +13,7 @@ from edge.pressure import Pressure
 from edge.sinks import Memory
 from edge.sources import open_source
 from edge.sources.uri import Options
+from jetson import phases
 
 SCHEMA_VERSION = 4  # of a line of results.jsonl
 STATUS_S = 10       # between two lines about a video
@@ -133,7 +134,10 @@ def benchmark(source, pipeline, warm_up, runs):
         picture = frame.open()  # a video's pixels are only lent
         pictures.append(images.ArrayPicture(np.array(images.whole(picture))) if frame.health else picture)
     laps = []
+    phases.mark("warm-up")
     for index in range(warm_up + runs):
+        if index == warm_up:
+            phases.mark("run")
         watch = Stopwatch()
         pipeline.infer(pictures[index % len(pictures)], watch.lap)
         if index >= warm_up:

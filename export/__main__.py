@@ -137,7 +137,7 @@ def export(path, out, config, backend):
                 classes.names[int(index)], before, measured["task_iou"][1].get(index, 0.0)))
         made["parity"] = dict(measured, tolerance=allowed, against="torch, by " + backend.describe())
         made["target"] = config.target
-        made["trained"] = {"checkpoint": os.path.basename(path), "sha256": contract.sha256(path), "model": trained.model,
+        made["trained"] = {"checkpoint": os.path.basename(meta["file"]), "sha256": contract.sha256(meta["file"]), "model": trained.model,
                            "width": trained.width, "mode": trained.mode if trained.sampler == "none" else trained.sampler, "frozen_norms": len(meta["frozen"]), "step": meta["step"]}
         publish(made)
     trial.passed("ort", made)

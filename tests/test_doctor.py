@@ -41,6 +41,26 @@ LINES = [
               {"cpu": 52.968, "gpu": 50}, {"VDD_GPU_SOC": (5139, 5140)})),
     (THOR, (5000, 125772, 20, 4, None, None, None, [(1, 2601)], None, None, None, [1000, 1001, 1002],
             {"cpu": 40.5}, {})),
+    # as boards printed them
+    ("RAM 1409/3964MB (lfb 28x4MB) SWAP 0/1982MB (cached 0MB) IRAM 0/252kB(lfb 252kB) CPU [22%@518,67%@518,off,off] EMC_FREQ 0%@1600 "
+     "GR3D_FREQ 0%@76 APE 25 PLL@28.5C CPU@32C PMIC@50C GPU@30.5C AO@39.5C thermal@31.25C POM_5V_IN 2003/2003 POM_5V_GPU 0/0 POM_5V_CPU 320/320",
+     (1409, 3964, 28, 4, 0, 1982, 0, [(22, 518), (67, 518), None, None], 0, 1600, 0, [76],
+      {"pll": 28.5, "cpu": 32, "gpu": 30.5, "ao": 39.5, "thermal": 31.25},
+      {"POM_5V_IN": (2003, 2003), "POM_5V_GPU": (0, 0), "POM_5V_CPU": (320, 320)})),
+    ("04-11-2025 10:36:27 RAM 4321/62801MB (lfb 1759x4MB) SWAP 19/31400MB (cached 0MB) CPU [0%@729,0%@729] EMC_FREQ 0%@2133 GR3D_FREQ 0%@[0,0] "
+     "VIC_FREQ 729 APE 174 CV0@-256C CPU@44.562C Tboard@32C tj@44.343C GPU@-256C VDD_GPU_SOC 2340mW/2340mW VDD_CPU_CV 390mW/390mW "
+     "VIN_SYS_5V0 4025mW/4025mW NC 0mW/0mW VDDQ_VDD2_1V8AO 301mW/301mW NC 0mW/0mW",
+     (4321, 62801, 1759, 4, 19, 31400, 0, [(0, 729), (0, 729)], 0, 2133, 0, [0, 0], {"cpu": 44.562, "tboard": 32, "tj": 44.343},
+      {"VDD_GPU_SOC": (2340, 2340), "VDD_CPU_CV": (390, 390), "VIN_SYS_5V0": (4025, 4025), "VDDQ_VDD2_1V8AO": (301, 301)})),
+    ("RAM 3821/7337MB (lfb 21x1MB) SWAP 1/3668MB (cached 0MB) CPU [30%@1651,53%@1651,70%@1651,30%@1651,off,off] EMC_FREQ 0% GR3D_FREQ 0% "
+     "GR3D2_FREQ 0%@0 cpu@45.5C gpu@44.9C",
+     (3821, 7337, 21, 1, 1, 3668, 0, [(30, 1651), (53, 1651), (70, 1651), (30, 1651), None, None], 0, None, 0, [0],
+      {"cpu": 45.5, "gpu": 44.9}, {})),
+    ("08-10-2026 21:39:51 RAM 2513/7620MB (lfb 1x4MB) SWAP 25/3810MB (cached 0MB) CPU [11%@729,7%@729,8%@729,4%@729,3%@729,14%@729] "
+     "GR3D_FREQ 0% cpu@51.218C soc2@51.093C gpu@51.593C tj@51.718C VDD_IN 4744mW/6179mW VDD_CPU_GPU_CV 1273mW/2369mW VDD_SOC 1234mW/1392mW",
+     (2513, 7620, 1, 4, 25, 3810, 0, [(11, 729), (7, 729), (8, 729), (4, 729), (3, 729), (14, 729)], None, None, 0, [],
+      {"cpu": 51.218, "soc2": 51.093, "gpu": 51.593, "tj": 51.718},
+      {"VDD_IN": (4744, 6179), "VDD_CPU_GPU_CV": (1273, 2369), "VDD_SOC": (1234, 1392)})),
     # without root: no clocks; the oldest form has neither swap nor loads
     ("RAM 613/3964MB (lfb 634x4MB) SWAP 0/1982MB (cached 0MB) CPU [2%@102,0%@102] EMC_FREQ 0% GR3D_FREQ 4% PLL@39C",
      (613, 3964, 634, 4, 0, 1982, 0, [(2, 102), (0, 102)], 0, None, 4, [], {"pll": 39}, {})),

@@ -1,5 +1,6 @@
 """The two gradient modes against plain autograd over whole images, in float64."""
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from train_lite.dataset import IGNORE, Pair
 from train_lite.gradient import Gradient
 from train_lite.losses import SegmentationLoss
 from train_lite.models import build
-from train_lite.patches import Batch, View
+from train_lite.patches import Batch, View, draw
 from edge.images import ArrayPicture
 
 TILE = 16
@@ -117,6 +118,34 @@ def test_exact_holds_for_deeplab():
     list(ours.rounds(batch, np.random.RandomState(0)))
     ours.finish(clip=0)
     assert max(relative(p.grad, want[name]) for name, p in net.named_parameters() if want[name].abs().max() > 1e-8) < 1e-8
+
+
+@pytest.mark.parametrize("fill", ["image", "sample"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_sampled_steps_do_not_depend_on_the_chunks(every, fill):
+    """Four rounds, a step after every one or every second: a round after a step counts no sums of before it."""
+    ends = []
+    for micro in (1, 100):
+        net, loss, batch = problem()
+        ours = gradient(net, loss, "sampled", fill, micro, patches=2, inner=4)
+        for number, _loss in enumerate(ours.rounds(batch, np.random.RandomState(0)), 1):
+            if number % every == 0:
+                ours.finish(clip=0)
+                with torch.no_grad():
+                    for p in net.parameters():
+                        p -= 0.1 * p.grad
+                        p.grad = None
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert relative(ends[0], ends[1]) < 1e-9
+
+
+def test_no_tile_twice_in_a_group():
+    for count in range(1, 12):
+        batch = types.SimpleNamespace(views=[types.SimpleNamespace(boxes=[None] * count)])
+        groups = [[tile for _view, tile in group] for group in draw(np.random.RandomState(count), batch, 4, 6)]
+        assert all(len(set(group)) == len(group) == min(4, count) for group in groups)
+        drawn = sum(groups, [])
+        assert all(sorted(drawn[at:at + count]) == list(range(count)) for at in range(0, len(drawn) - count + 1, count))
 
 
 @pytest.mark.parametrize("micro", [1, 2, 100])

@@ -84,6 +84,7 @@ def test_norms_are_frozen_and_best_is_of_the_final_kind(trained):
 @pytest.mark.slow
 def test_config_of_a_run_repeats_it(tmp_path):
     run = train(tmp_path, "--freeze-at", 0.5)
+    assert main(["--resume", str(run)]) == 0
     assert main(["--config", str(run / "config.json"), "--name", "again"]) == 0
     one, two = (checkpoint.read(str(tmp_path / "runs" / name / "last.safetensors"))[0] for name in ("run", "again"))
     assert all(np.array_equal(one[name], two[name]) for name in one)

@@ -60,7 +60,7 @@ def test_a_jetson_counts_host_and_gpu_together_and_a_card_for_itself(monkeypatch
     for jetson in (True, False):
         monkeypatch.setattr(device.board, "is_jetson", lambda: jetson)
         here[jetson] = plan.budget("", GPU), plan.estimates(config(), 1, 0, [(256, 256, True)], GPU)
-    assert here[True][0][1:] == (3964.0, 500.0, 3464.0) and here[False][0][1:] == (8000.0, 2000.0, 6000.0)
+    assert here[True][0][1:4] == (3964.0, 500.0, 3464.0) and here[False][0][1:4] == (8000.0, 2000.0, 6000.0)
     assert here[True][1][0]["runtime libraries"] > device.JETSON_CUDA_MIB + 50
     assert here[False][1][0]["runtime libraries"] == here[False][1][0]["loader"] == 0
     first, halved = here[False][1][0], here[False][1][[n.half for n in plan.ladder(config(), GPU)].index(True)]
@@ -154,6 +154,9 @@ def test_no_budget_helps_a_machine_that_is_too_small():
     with pytest.raises(OverBudget) as error:
         plan.choose(plan.ladder(config(), CPU), [{"loader": 1, "runtime libraries": 9e3}] * 9, plan.Budget("", 500, 400, 9))
     assert "--budget" not in str(error.value)
+    with pytest.raises(OverBudget) as error:  # asked for more than is free: no number would do
+        plan.choose(plan.ladder(config(), CPU), [{"loader": 1, "runtime libraries": 9e3}] * 9, plan.Budget("4GB", 3815, 0, 3000, 3000))
+    assert "--budget" not in str(error.value) and "3000 MiB free. Close other programs" in str(error.value)
 
 
 def test_images_are_read_before_the_net_is_there():
@@ -224,7 +227,17 @@ def test_plan_only_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert here("--plan", "--data", data, "--budget", "4GB", *SMALL) == 0
     assert "micro-batch 8" in capsys.readouterr().out
+    assert here("--plan", "--json", "--data", data, "--budget", "4GB", *SMALL) == 0
+    told, = json.loads(capsys.readouterr().out)["plans"]
+    assert len(told["notches"]) >= 6 and told["notches"][told["chosen"]]["peak_mib"] <= told["free_mib"] <= told["budget_mib"] == 4e9 / 2 ** 20
+    assert told["notches"][0]["levers"]["micro_batch"] == 8
     assert sorted(os.listdir(str(tmp_path))) == ["set"] and sorted(os.listdir(data)) == ["images", "masks"]
+
+
+def test_what_does_not_fit_is_refused_before_a_demo_set_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert here("--res", 8192, "--budget", "60MB") == 3
+    assert "The smallest budget that would do" in capsys.readouterr().err and not os.listdir(str(tmp_path))
 
 
 @pytest.mark.slow

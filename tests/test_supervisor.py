@@ -1,4 +1,5 @@
 """`python -m train_lite` looks after the training in a child: it passes on how it ended, or goes on where it died."""
+import glob
 import json
 import os
 import re
@@ -236,6 +237,30 @@ def test_a_resumed_run_that_fails_at_once_gives_up(fault, place):
     hook = "later({0}); from train_lite import segmentation; segmentation.Segmentation.__init__ = {0}".format(fault)
     code, text, starts = ended(place, start(place, "--resume", "runs/" + name, hook=hook), timeout=100)
     assert code == 3 and starts <= 8, text
+
+
+def nano_sim(*words):
+    return subprocess.run([sys.executable, os.path.join(ROOT, "scripts", "nano-sim")] + list(words), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)
+
+
+def test_nano_sim_says_what_is_wrong(tmp_path):
+    for words, said in ((["no-such-command"], "no command no-such-command"), ([], "what to run is missing"),
+                        (["--swap-folder", str(tmp_path / "none"), "true"], "is no folder"), (["--memory", "4 apples", "true"], "apples")):
+        done = nano_sim(*words)
+        assert done.returncode == 2 and said in done.stdout and "Traceback" not in done.stdout, done.stdout
+
+
+def test_nano_sim_leaves_nothing(tmp_path):
+    """What a command leaves running ends with it, and so does the group."""
+    done = nano_sim("--memory", "100MiB", "--swap", "0", "--json", str(tmp_path / "facts.json"), "sh", "-c", "sleep 100 & cat /proc/self/cgroup; exit 3")
+    if "cannot make a memory control group" in done.stdout:
+        pytest.skip("no memory control groups here: %s" % done.stdout.strip())
+    assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout
+    group = re.search(r"nano-sim-\d+", done.stdout).group(0)
+    assert not glob.glob("/sys/fs/cgroup/**/" + group, recursive=True)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["simulated"] and facts["limit_mib"] == 100 and facts["oom_kills"] == 0
 
 
 @pytest.mark.slow

@@ -124,6 +124,27 @@ def test_binary_ids_with_ignored_pixels_are_not_turned_around(tmp_path, classes)
     assert np.array_equal(entry.labels.window(0, 0, 40, 33), ids)
 
 
+def test_255_means_one_thing_in_a_set(tmp_path):
+    """A mask of 0 and 255 beside one of 0, 1 and 255: foreground in the first, ignored in the second, would train the wrong thing."""
+    for name, values in (("a", (0, 255)), ("b", (0, 1, 255)), ("c", (0, 1))):
+        Image.fromarray(noise(40, 33)).save(str(tmp_path / (name + ".png")))
+        Image.fromarray(np.array(values, np.uint8)[noise(40, 33, len(values), 2)]).save(str(tmp_path / (name + ".mask.png")))
+    classes = dataset.read_classes(str(tmp_path), TrainConfig())
+    for _cached in range(2):
+        problems, found = [], {}
+        for name in "abc":
+            pair = dataset.Pair(name, str(tmp_path / (name + ".png")), str(tmp_path / (name + ".mask.png")), "train")
+            found[name], = store.ingest([pair], classes, "none", 0, str(tmp_path / "store"), 1, None, 0, problems)
+        assert not problems and [found[name].white for name in "abc"] == ["foreground", "ignored", ""]
+        said, = store.contradictions(list(found.values()))
+        assert "b.mask.png holds 0, 1 and 255" in said and "a.mask.png holds 0 and 255" in said and "classes.json" in said
+        assert not store.contradictions([found["a"], found["c"]]) and not store.contradictions([found["b"], found["c"]])
+    (tmp_path / "classes.json").write_text(said[said.index("{"):])  # the cure as it is typed
+    classes = dataset.read_classes(str(tmp_path), TrainConfig())
+    entry, = store.ingest([found["a"].pair], classes, "none", 0, str(tmp_path / "store"), 1, None, 0, problems)
+    assert not problems and set(np.unique(entry.labels.window(0, 0, 40, 33))) == {0, dataset.IGNORE}
+
+
 def test_id_masks_with_ignore(tmp_path):
     ids = noise(40, 33, 3, 1)
     ids[:4] = 255
@@ -288,7 +309,7 @@ def test_checkpoint_round_trip_generations_and_damage(tmp_path):
                 handle.write(bad)
             with pytest.raises(BadFile):
                 checkpoint.read(path)
-            assert checkpoint.read_newest(path)[1] == {"step": 1}
+            assert checkpoint.read_newest(path)[1] == {"step": 1, "file": checkpoint.previous(path)}
     assert sorted(os.listdir(str(tmp_path))) == ["a.1.safetensors", "a.safetensors"]
 
 

@@ -15,7 +15,7 @@ from jetson.memory import oom_kills, read_text
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check
 
 FRUITLESS = 3        # times in a row that a training may be killed without a new checkpoint before we give up
-FRUITLESS_SHORT = 5  # the same when memory was short: it has that many notches to go down
+FRUITLESS_SHORT = 7  # the same when memory was short: it has that many notches to go down
 
 
 @guarded

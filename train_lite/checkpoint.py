@@ -102,18 +102,20 @@ def read(path, ours=True, prefix=""):
 
 
 def read_newest(path, drop_damaged=False, prefix=""):
-    """As read(), but falls back to the older generation when `path` is damaged or gone, and says so. drop_damaged: a
+    """As read(), with the file's path as meta["file"], but falls back to the older generation when `path` is damaged or gone, and
+    says so. drop_damaged: a
     damaged `path` is deleted, so that the next write() cannot put it in the place of the good older one."""
     try:
-        return read(path, prefix=prefix)
+        tensors, meta = read(path, prefix=prefix)
+        return tensors, dict(meta, file=path)
     except BadFile as exc:
         if not os.path.exists(previous(path)):
             raise BadFile("%s. There is no older one beside it: train again" % exc) from exc
-        found = read(previous(path), prefix=prefix)
+        tensors, meta = read(previous(path), prefix=prefix)
         say("warning: %s; taking the one before it, %s" % (exc, previous(path)))
         if drop_damaged and os.path.exists(path):
             os.remove(path)
-        return found
+        return tensors, dict(meta, file=previous(path))
 
 
 def find(path):

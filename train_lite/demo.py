@@ -10,7 +10,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from edge.command import say
+from edge.command import say, written
 from edge.errors import BadFile
 from edge.images import PngWriter
 
@@ -46,7 +46,7 @@ def make(folder, res, images=0, seed=0):
             name = "%03d.png" % number
             draw(os.path.join(folder, split, "image", name), os.path.join(folder, split, "mask", name), res, (seed, number))
             number += 1
-    with open(stamp, "w", encoding="utf-8") as handle:  # last: a set without it is not complete
+    with written(stamp) as handle:  # last: a set without it is not complete
         json.dump(facts, handle)
     return folder
 

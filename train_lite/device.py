@@ -1,4 +1,6 @@
 """Where training computes, and whose memory that takes: a Jetson's GPU shares the board's, a desktop card has its own."""
+import errno
+
 import torch
 
 from edge.errors import UsageError
@@ -9,7 +11,7 @@ MIB = 2.0 ** 20
 # of a process that has used torch with cuDNN on a Jetson, beside torch's host part: JetPack 4's logs, never measured by us
 JETSON_CUDA_MIB = 1000.0
 OUT_OF_MEMORY = ("out of memory", "memoryerror", "unable to allocate", "can't allocate memory", "cannot allocate memory",
-                 "cudnn_status_alloc_failed", "cublas_status_alloc_failed", "nvmapmem", "defaultcpuallocator")
+                 "cudnn_status_alloc_failed", "cublas_status_alloc_failed", "nvmapmem", "defaultcpuallocator", "bad_alloc")
 
 
 def pick(config):
@@ -25,8 +27,8 @@ def pick(config):
 
 def out_of_memory(exc):
     """Whether an exception says that memory ran out, of either kind."""
-    return isinstance(exc, MemoryError) or isinstance(exc, RuntimeError) and any(
-        words in str(exc).lower() for words in OUT_OF_MEMORY)
+    return isinstance(exc, MemoryError) or isinstance(exc, OSError) and exc.errno == errno.ENOMEM or isinstance(
+        exc, RuntimeError) and any(words in str(exc).lower() for words in OUT_OF_MEMORY)
 
 
 def own_memory(device):

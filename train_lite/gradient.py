@@ -28,7 +28,7 @@ class Gradient:
         self.patches, self.inner = patches, inner
         self.pending = 0      # contributions since the last finish()
         self._scale = None    # of the gradients gathered; see add()
-        self._stale = True    # a step was made since the last fill()
+        self._stale = True    # a step was made since all patches were in the table
 
     def rounds(self, batch, rng):
         """Add the gradient of one batch, in one round (exact) or `inner` rounds (sampled). Yields the loss of each."""
@@ -39,6 +39,7 @@ class Gradient:
             return
         if self.how.fill == "image":
             self.fill(batch, every, table, seed)
+            self._stale = False
         for picks in draw(rng, batch, self.patches, self.inner, self.how.again):
             if self.how.fill == "sample":
                 table.clear()
@@ -74,7 +75,6 @@ class Gradient:
             features = self._features(batch, seed)
             for number, part in enumerate(self._chunks(picks)):
                 table.put(part, self._kept(batch, part, features, seed + 1 + number))
-        self._stale = False
 
     def add(self, batch, picks, table, seed, filled=False):
         """Second pass: add the gradient of L over the patches `picks`, a list of (image, tile), to .grad.

@@ -114,13 +114,14 @@ class PixelBatch(Batch):
 
 def draw(rng, batch, patches, inner, again=False):
     """PatchGD's sampling: per image one random order of its tiles, cut into `inner` groups of `patches`, so no tile
-    comes twice (a second order begins when the first is used up). again: a new order for every group, so that tiles come again, as
+    comes twice (a second order begins when the first is used up, with those that are not in a group that is not full yet). again: a new order for every group, so that tiles come again, as
     'Resource Efficient Perception for Vision Systems' draws them. Yields lists of (image, tile)."""
     orders = []
     for view in batch.views:
         order, k = [], min(patches, len(view.boxes))
         while len(order) < patches * inner:
-            order += rng.permutation(len(view.boxes))[:k if again else None].tolist()
+            coming, begun = rng.permutation(len(view.boxes))[:k if again else None].tolist(), order[len(order) // k * k:]
+            order += [tile for tile in coming if tile not in begun] + begun
         orders.append((order, k))
     for j in range(inner):
         yield [(v, tile) for v, (order, k) in enumerate(orders) for tile in order[j * k:(j + 1) * k]]

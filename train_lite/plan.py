@@ -29,7 +29,7 @@ TIGHT_BYTES = 1 << 20
 
 class Levers(NamedTuple):
     """What memory is saved with, in the order in which it is given up."""
-    micro_batch: int      # patches in memory at once: the same gradient, up to rounding
+    micro_batch: int      # patches in memory at once: the same gradient, up to rounding (batch norm and dropout see chunks)
     half: bool            # of layers, on CUDA: rounding, and faster
     tight: bool           # freed tensors go back to the system at once: the same bits, slower
     recompute: bool       # activation checkpointing: the same bits, slower
@@ -170,6 +170,7 @@ class Budget(NamedTuple):
     total_mib: float
     in_use_mib: float  # by others, at the start
     free_mib: float    # what training may take
+    machine_mib: float = float("inf")  # what this machine has free, whatever was asked
 
 
 def budget(text, device):
@@ -183,7 +184,8 @@ def budget(text, device):
         raise UsageError("--budget: %s" % exc) from exc
     if total is None:  # a system that does not say how much memory it has
         return Budget(text, float("inf"), used, float("inf"))
-    return Budget(text, total, used, total if machine is None else min(total, machine - used))
+    free = float("inf") if machine is None else machine - used
+    return Budget(text, total, used, min(total, free), free)
 
 
 def choose(notches, predicted, allowed, first=0):
@@ -197,12 +199,19 @@ def choose(notches, predicted, allowed, first=0):
                          "%s, or close other programs" % (allowed.free_mib, notches[-1].words(), notches[-1].smaller_net()))
     least = min(map(peak, predicted))
     needs = "training needs %.0f MiB at the least (%s)" % (least * MARGIN, notches[-1].words())
-    if not allowed.asked:
+    enough = (least + 2) * MARGIN  # 2: as two processes differ
+    if not allowed.asked or enough > allowed.machine_mib:
         raise OverBudget("%s; this machine has %.0f MiB free. Close other programs, or take %s"
-                         % (needs, allowed.free_mib, notches[-1].smaller_net()))
-    board = (least + 2) * MARGIN + allowed.total_mib - allowed.free_mib  # 2: as two processes differ
+                         % (needs, min(allowed.free_mib, allowed.machine_mib), notches[-1].smaller_net()))
     raise OverBudget("%s; --budget %s leaves %.0f MiB. The smallest budget that would do: --budget %dMB" % (
-        needs, allowed.asked, allowed.free_mib, math.ceil(board * MIB / 1e6)))
+        needs, allowed.asked, allowed.free_mib, math.ceil(enough * MIB / 1e6)))
+
+
+def as_object(notches, chosen, predicted, allowed):
+    """The plan for programs: a dict for JSON."""
+    return {"budget_mib": allowed.total_mib, "in_use_mib": allowed.in_use_mib, "free_mib": allowed.free_mib, "chosen": chosen,
+            "notches": [dict(levers=notch._asdict(), peak_mib=peak(owners), owners_mib=owners)
+                        for notch, owners in zip(notches, predicted)]}
 
 
 def describe(notches, chosen, predicted, allowed):

@@ -38,7 +38,7 @@ def main(argv):
         while config:  # one training after another, of nets that are made of several
             config, run = _next(_train(config, run, device))
         return 0
-    except (MemoryError, RuntimeError) as exc:
+    except (MemoryError, RuntimeError, OSError) as exc:
         if not out_of_memory(exc):
             raise
         say("out of memory: %s" % (str(exc).splitlines() or [type(exc).__name__])[0])
@@ -49,11 +49,13 @@ def _train(config, run, device):
     """Returns the config of the training that follows, or None."""
     from train_lite import loop, state
     from train_lite.problem import task
-    data = _data_folder(config)
-    pairs, classes = task(config).find(config, data)
+    pairs, classes = task(config).find(config, config.data)  # no pairs without --data; refuses a task that has no demo set
     candidates, allowed = _plan(config, pairs, classes, device)
     if config.plan:
         return None
+    data = config.data or demo.make(os.path.join("runs", "demo-%d" % config.res), config.res, config.demo_images)
+    if not config.data:
+        pairs, classes = task(config).find(config, data)
     stored = _ingest(config, data, pairs, classes)
     config, problem = _settle(config, candidates, allowed, classes, stored, device)
     if config.resume:
@@ -107,15 +109,6 @@ def _next(config):
     return stored, run
 
 
-def _data_folder(config):
-    """--data; without it the demo set, made now. '' when only a plan is asked for and there is no data."""
-    from train_lite.problem import task
-    if config.data or config.plan:
-        return config.data
-    task(config).find(config, "")  # refuses, of a task that has no demo set
-    return demo.make(os.path.join("runs", "demo-%d" % config.res), config.res, config.demo_images)
-
-
 def _plan(config, pairs, classes, device):
     """Predict, print, and choose. Returns (list of (Levers to try, MiB predicted), plan.Budget). Raises OverBudget when
     none fits."""
@@ -134,8 +127,10 @@ def _plan(config, pairs, classes, device):
         notches = plan.ladder(one, device)
         predicted = plan.estimates(one, classes.outputs, tile_px, headers, device)
         found.append((notches, predicted, plan.choose(notches, predicted, allowed, config.smaller if one is config else 0)))
-        if config.plan:
+        if config.plan and not config.json:
             print("%s%s" % ("then %s: " % words if words else "", plan.describe(notches, found[-1][2], predicted, allowed)))
+    if config.plan and config.json:
+        print(json.dumps({"plans": [plan.as_object(notches, chosen, predicted, allowed) for notches, predicted, chosen in found]}))
     notches, predicted, chosen = found[0]
     if not config.plan and (chosen or config.budget):
         say(plan.describe(notches, chosen, predicted, allowed))
@@ -155,6 +150,7 @@ def _ingest(config, data, pairs, classes):
 
     scored = (config.fit, config.res) if task(config).scores_pixels else (settings.resize, settings.resize_px)
     stored = ingest("train", settings.resize, settings.resize_px), ingest("val", *scored), ingest("test", *scored)
+    problems += store.contradictions(sum(stored, []))
     raise_all(problems, "some images or masks cannot be used", "Mend or remove the files named; the others are kept.")
     if not stored[0]:
         raise UsageError("--data %s has no training images" % data)

@@ -37,7 +37,7 @@ class RunFolder:
     def keep(self, config):
         """Write config.json: with a later start's levers, when it had to take smaller ones."""
         with written(self.config) as handle:
-            json.dump(config._asdict(), handle, indent=1)
+            json.dump(config._replace(resume="", smaller=0)._asdict(), handle, indent=1)
 
     def hold(self):
         """Keep other processes out of this run until we end, however we end. Raises UsageError when one is in it."""

@@ -17,7 +17,7 @@ from edge.errors import BadFile
 from edge.geometry import nearest_index, reflect
 from train_lite.dataset import IGNORE
 
-VERSION = 2
+VERSION = 3
 BLOCK = 128
 HEADER = 4096
 
@@ -59,10 +59,11 @@ class StoredPicture:
 
 
 class Stored:
-    """One pair in the store: `picture` and `labels` (class ids, IGNORE) of the same size, `pair`, overviews."""
+    """One pair in the store: `picture` and `labels` (class ids, IGNORE) of the same size, `pair`, overviews; white: what 255 was
+    taken for in a binary mask, 'ignored', 'foreground' or ''."""
 
-    def __init__(self, pair, path, height, width):
-        self.pair, self.path, self.height, self.width = pair, path, height, width
+    def __init__(self, pair, path, height, width, white=""):
+        self.pair, self.path, self.height, self.width, self.white = pair, path, height, width, white
         blocks = -(-height // BLOCK) * -(-width // BLOCK) * BLOCK * BLOCK
         self.picture = StoredPicture(path, HEADER, height, width, 3)
         self.labels = StoredPicture(path, HEADER + 3 * blocks, height, width, 1)
@@ -167,7 +168,7 @@ def _open(pair, path):
     try:
         with open(path, "rb") as handle:
             header = json.loads(handle.read(HEADER).rstrip(b" \0").decode())
-        entry = Stored(pair, path, header["height"], header["width"])
+        entry = Stored(pair, path, header["height"], header["width"], header["white"])
         whole = entry.labels.offset + ((entry.labels.offset - HEADER) // 3 if pair.mask else 0)
         return entry if header["version"] == VERSION and os.path.getsize(path) == whole else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -181,9 +182,10 @@ def _add(pair, path, classes, resize, resize_px):
         raise BadFile("%s is %dx%d but its mask %s is %dx%d; expected the same size" % (
             pair.image, image.width, image.height, pair.mask, mask.width, mask.height))
     height, width = images.fitted_size(image.height, image.width, resize, resize_px)
-    header = json.dumps({"version": VERSION, "height": height, "width": width}).encode().ljust(HEADER)
     sized = images.resized(image, height, width)
     decode = LabelDecoder(pair.mask, classes) if mask else None
+    white = decode.white if mask else ""
+    header = json.dumps({"version": VERSION, "height": height, "width": width, "white": white}).encode().ljust(HEADER)
 
     with written(path, "wb") as handle:
         handle.write(header)
@@ -195,7 +197,17 @@ def _add(pair, path, classes, resize, resize_px):
             band = band[rows - rows[0]][:, nearest_index(width, mask.width)]
             _write_blocks(handle, decode(band)[..., None])
 
-    return Stored(pair, path, height, width)
+    return Stored(pair, path, height, width, white)
+
+
+def contradictions(stored):
+    """What is wrong with the masks of a list of Stored taken together, a list of texts."""
+    found = {entry.white: entry.pair.mask for entry in stored}
+    if not {"ignored", "foreground"} <= set(found):
+        return []
+    return ["%(ignored)s holds 0, 1 and 255, so 255 is ignored there; %(foreground)s holds 0 and 255 alone, where it would be foreground. Say "
+            "which it is in a classes.json in the data folder, such as {\"classes\": [{\"name\": \"ground\", \"colour\": [0, 0, 0]}, {\"name\": "
+            "\"thing\", \"colour\": [1, 1, 1]}], \"ignore\": [[255, 255, 255]]}" % found]
 
 
 def _write_blocks(handle, band):
@@ -210,7 +222,7 @@ class LabelDecoder:
     """Mask values or colours -> class ids. One per mask file: binary masks may be 0/1 or 0/255."""
 
     def __init__(self, path, classes):
-        self.path, self.classes = path, classes
+        self.path, self.classes, self.white = path, classes, ""  # white: see Stored
         self._high = None if classes.outputs > 1 or classes.by_colour else self._binary_level()
 
     def _binary_level(self):
@@ -218,7 +230,9 @@ class LabelDecoder:
         for y in range(0, picture.height, 256):
             values.update(np.unique(picture.window(y, 0, min(picture.height, y + 256), picture.width)).tolist())
         if 1 in values and values <= {0, 1} | set(self.classes.ignore):
+            self.white = "ignored" if 255 in values else ""
             return 1
+        self.white = "foreground" if 255 in values and values <= {0, 255} and 255 in self.classes.ignore else ""
         top = max(values - (set(self.classes.ignore) - {255}) or {0})
         if 0 < top < 128:
             raise BadFile("%s holds values up to %d; a binary mask has 0 and 1, or black and white. For class ids give "

@@ -48,8 +48,10 @@ def main():
     for row in args.rows.split(","):
         done = [run(args, pairs, row, seed, extra) for seed in range(args.seeds)]
         for how in ("pooled", "paper_compat"):
-            mean = {name: np.mean([d["test"][how][name] for d in done]) for name in NAMES}
-            cells = ["%.1f" % (100 * mean[n]) if n in ("acc", "f1", "iou", "bacc") else "%.1f" % mean[n] for n in NAMES]
+            cells = []
+            for name in NAMES:
+                scores = [d["test"][how][name] for d in done]
+                cells.append("-" if None in scores else "%.1f" % (np.mean(scores) * (100 if name in ("acc", "f1", "iou", "bacc") else 1)))
             print("| %s | %s | %s | %.1f |" % (row, how, " | ".join(cells), np.mean([d["seconds"] for d in done]) / 60))
         print("  F1 by seed: %s" % ", ".join("%.1f" % (100 * d["test"]["pooled"]["f1"]) for d in done))
 
