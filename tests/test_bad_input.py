@@ -129,6 +129,7 @@ def test_name_is_taken(trained, refused):
 
 def test_resume_takes_no_other_flag(trained, refused):
     assert "--epochs" in refused(train, 2, "--resume", trained["run"], "--epochs", 9)
+    assert "smallest budget that would do" in refused(train, 3, "--resume", trained["run"], "--budget", "60MB")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"pach": 1}', '{"res": "big"}'], ids=["empty", "list", "key", "type"])

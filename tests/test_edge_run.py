@@ -133,13 +133,16 @@ def test_json_prints_one_object(trained, tmp_path):
     assert json.loads(done.stdout) == {"frames": 2, "failed": [], "output": str(tmp_path / "o")}
 
 
-def test_benchmark(trained, tmp_path):
+def test_benchmark(trained, tmp_path, monkeypatch):
     words = ["--engine", trained["model"], "--input", "synthetic://120x96", "--benchmark", "--runs", 5, "--warm-up", 1]
-    text = edge_run(*words, cwd=tmp_path).stdout
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("NANOPATCH_PHASES", str(tmp_path / "phases"))  # as `python -m jetson profile` does
+    text = edge_run(*words, cwd=tmp_path / "here").stdout
+    assert [line.split()[2] for line in (tmp_path / "phases").read_text().splitlines()] == ["load", "warm-up", "run"]
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:]}
     assert rows["stage"] == ["p50", "p95", "p99", "share"]
-    made = json.loads(edge_run(*(words + ["--json"]), cwd=tmp_path).stdout)
-    assert os.listdir(str(tmp_path)) == [] and (made["width"], made["height"], made["runs"]) == (120, 96, 5)
+    made = json.loads(edge_run(*(words + ["--json"]), cwd=tmp_path / "here").stdout)
+    assert os.listdir(str(tmp_path / "here")) == [] and (made["width"], made["height"], made["runs"]) == (120, 96, 5)
     for stage in ("prepare", "run", "blend", "decode", "total"):
         row = made["ms"][stage]
         assert len(rows[stage]) == 5 and rows[stage][4] == "%" and 0 <= row["p50"] <= row["p95"] <= row["p99"]

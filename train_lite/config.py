@@ -162,7 +162,7 @@ HELPS = {
     "recompute": "keep the inputs of the net's blocks only, and compute their inside again in the backward pass",
     "name": "of the run; none given: data, mode and time",
     "out": "folder of the runs",
-    "resume": "run folder to go on with, exactly where it stopped; all other flags come from it",
+    "resume": "run folder to go on with, exactly where it stopped; all other flags but --budget come from it",
     "save_every": "seconds between checkpoints within an epoch",
     "validate_every": "epochs between validations, the last epoch always has one; 0: about eight validations in all",
     "device": "cpu, cuda or auto",

@@ -14,7 +14,7 @@ from train_lite import checkpoint, demo, store
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings, whole_side
 from train_lite.runfolder import RunFolder
 
-OWN_WORDS = ("--resume", "--json", "--debug", "--smaller")  # of a command that goes on with a run
+OWN_WORDS = ("--resume", "--budget", "--json", "--debug", "--smaller")  # of a command that goes on with a run
 
 
 @guarded
@@ -86,14 +86,15 @@ def _resumed(flags, argv):
         raise UsageError("--resume %s: expected a run folder, such as runs/train/last" % flags.resume)
     extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in OWN_WORDS]
     if extra:
-        raise UsageError("--resume takes all settings from the run; leave out %s, or start a new run" % " ".join(extra))
+        raise UsageError("--resume takes all settings but --budget from the run; leave out %s, or start a new run" % " ".join(extra))
     return _stored(RunFolder(os.path.realpath(run.path)) if os.path.islink(run.path) else run, flags)
 
 
 def _stored(run, flags):
     """The config of a run that was begun, and its RunFolder."""
     config = TrainConfig()._replace(**from_json(run.config, TrainConfig._field_defaults, CHOICES))
-    return config._replace(resume=flags.resume, json=flags.json, debug=flags.debug, smaller=flags.smaller), run
+    return config._replace(resume=flags.resume, budget=flags.budget or config.budget, json=flags.json, debug=flags.debug,
+                           smaller=flags.smaller), run
 
 
 def _next(config):
