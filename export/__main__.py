@@ -138,7 +138,8 @@ def export(path, out, config, backend):
         made["parity"] = dict(measured, tolerance=allowed, against="torch, by " + backend.describe())
         made["target"] = config.target
         made["trained"] = {"checkpoint": os.path.basename(meta["file"]), "sha256": contract.sha256(meta["file"]), "model": trained.model,
-                           "width": trained.width, "mode": trained.mode if trained.sampler == "none" else trained.sampler, "frozen_norms": len(meta["frozen"]), "step": meta["step"]}
+                           "width": trained.width, "mode": trained.mode if trained.sampler == "none" else trained.sampler,
+                           "frozen_norms": len(meta["frozen"]), "step": meta["step"]}
         publish(made)
     trial.passed("ort", made)
     return {"out": out, "pipeline": pipeline, "operators": operators, "parity": made["parity"]}
