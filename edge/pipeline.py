@@ -123,15 +123,18 @@ class Segmenter:
     def results(self, frame, picture, sinks, lap):
         """One frame into the sinks. Returns what its line says of it."""
         mask, overlay, counts = sinks.write_bands(frame, picture, self.bands(picture, lap), lap, self.blend)
-        if self.positions is not None and not self._warned:
+        samples = None
+        if self.positions is not None:
             self._warn(frame)
-        samples = sinks.write_samples(frame, overlay, self.positions, self.recipe)
+            samples = sinks.write_samples(frame, overlay, self.positions, self.recipe)
         lap("write")
         return {"mask": mask, "overlay": overlay, "samples": samples,
                 "area": {name: float(n) / counts.sum() for name, n in zip(self.classes, counts)}}
 
     def _warn(self, frame):
-        """Say that samples have collapsed, if so: where there are none, things are missed."""
+        """Say, once, that samples have collapsed: where there are none, things are missed."""
+        if self._warned:
+            return
         self._warned, crowded, folded = path.faults(self.positions, self.recipe)
         if self._warned:
             say("warning: the samples of %s have collapsed (%.0f %% of them in one place, %.0f %% folded over); is it an image like "

@@ -151,9 +151,9 @@ class Sinks:
         return path
 
     def write_samples(self, frame, overlay_path, positions, recipe):
-        """Draw where a frame's samples lie, and what was found there, beside its overlay. positions: (th, tw, 2), or None; recipe:
-        the WarpRecipe by which they were made. Returns the path, or None."""
-        if overlay_path is None or positions is None:
+        """Draw where a frame's samples lie, and what was found there, beside its overlay. positions: (th, tw, 2); recipe: the
+        WarpRecipe by which they were made. Returns the path, or None."""
+        if overlay_path is None:
             return None
         from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
         path, picture = overlay_path[:-len("overlay.png")] + "samples.png", frame.open()
