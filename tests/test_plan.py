@@ -156,6 +156,8 @@ def test_no_budget_helps_a_machine_that_is_too_small():
     assert "--budget" not in str(error.value)
     with pytest.raises(OverBudget) as error:  # asked for more than is free: no number would do
         plan.choose(plan.ladder(config(), CPU), [{"loader": 1, "runtime libraries": 9e3}] * 9, plan.Budget("4GB", 3815, 0, 3000, 3000))
+    with pytest.raises(OverBudget, match="this machine has 3000 MiB free"):  # not the 954 that were asked for
+        plan.choose(plan.ladder(config(), CPU), [{"loader": 1, "runtime libraries": 9e3}] * 9, plan.Budget("1GB", 954, 0, 954, 3000))
     assert "--budget" not in str(error.value) and "3000 MiB free. Close other programs" in str(error.value)
 
 

@@ -142,8 +142,8 @@ def estimates(config, outputs, tile_px, headers, device):
 
 def _estimate(look, levers, tile_px, loader_mib):
     kept, largest = look.kept(levers.micro_batch, levers.recompute)
-    times = tile_px / float(PROBE_PX ** 2)
-    scale = times / (2 if levers.half else 1)
+    area = tile_px / float(PROBE_PX ** 2)
+    scale = area / (2 if levers.half else 1)
     # the backward pass peaks either at its start, with all activations and a few gradients of the largest, or in the
     # deepest layers, with about half of them and the copies of the largest weight that the CPU's convolutions make
     top = kept * scale + 2.5 * largest * scale
@@ -151,7 +151,7 @@ def _estimate(look, levers, tile_px, loader_mib):
     samplers = levers.micro_batch * look.deform_kept  # one for every image in the micro-batch
     return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.trained,
             "optimizer": look.trained / 4 * STATE_BYTES[levers.optimizer],
-            "activations": max(top, deep) + look.held(levers.micro_batch) * times + samplers + (30 if levers.tight else 45), "loader": loader_mib}
+            "activations": max(top, deep) + look.held(levers.micro_batch) * area + samplers + (30 if levers.tight else 45), "loader": loader_mib}
 
 
 def _loader_mib(headers):
@@ -202,7 +202,7 @@ def choose(notches, predicted, allowed, first=0):
     enough = (least + 2) * MARGIN  # 2: as two processes differ
     if not allowed.asked or enough > allowed.machine_mib:
         raise OverBudget("%s; this machine has %.0f MiB free. Close other programs, or take %s"
-                         % (needs, min(allowed.free_mib, allowed.machine_mib), notches[-1].smaller_net()))
+                         % (needs, allowed.machine_mib if allowed.asked else allowed.free_mib, notches[-1].smaller_net()))
     raise OverBudget("%s; --budget %s leaves %.0f MiB. The smallest budget that would do: --budget %dMB" % (
         needs, allowed.asked, allowed.free_mib, math.ceil(enough * MIB / 1e6)))
 
