@@ -10,7 +10,7 @@ import numpy as np
 from edge import images, tiles
 from edge.errors import BadFile
 from edge.geometry import bilinear_matrix
-from edge.scores import Host, encoded, encoded_overview
+from edge.scores import Host, encoded, encoded_overview, view_of
 
 STRIDES = (8, 16, 32, 64, 128)  # px between the cells of a level; a tile's side is a multiple of the last
 CELLS = 32                      # of a level, that the head computes at a time, each way
@@ -70,7 +70,7 @@ def windows(picture, recipe, encode, head, lap=lambda stage: None, pixels=None):
     grows with the width of the picture, not with its height."""
     pixels = pixels or Host()
     lap = pixels.timed(lap)
-    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
+    view = view_of(picture, recipe, pixels)
     overview = None
     if recipe.overview:
         overview = [part[0] for part in split(encoded_overview(view, recipe, encode, lap, pixels), recipe.overview)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge import images, scores, tiles
+from edge import scores, tiles
 from edge.geometry import bilinear_matrix
 from edge.scores import Host
 
@@ -101,7 +101,7 @@ def score_bands(picture, recipe, net, lap=lambda stage: None, pixels=None):
     p * p / 4 bytes of each and class."""
     pixels = pixels or Host()
     lap, tile = pixels.timed(lap), recipe.tile
-    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
+    view = scores.view_of(picture, recipe, pixels)
     small = scores.prepared_overview(view, recipe, lap, pixels)
     maps, deep, rough = net.look(small)
     lap("run")

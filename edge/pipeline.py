@@ -26,7 +26,7 @@ class Segmenter:
             self.recipe = self.recipe._replace(resize="none")
         self.tiled, self.scale = contract["pipeline"] in contracts.TILED, 1.0
         self.moves, self._still = contract["pipeline"] == "deform", path.Still(still)
-        self._warned = False
+        self._warned, self._judged = False, None
         if still >= 0 and not self.moves:
             raise UsageError("--still %g: the model is of the pipeline %s, which does not move samples; expected one of deform. Leave "
                              "--still out" % (still, contract["pipeline"]))
@@ -133,8 +133,9 @@ class Segmenter:
 
     def _warn(self, frame):
         """Say, once, that samples have collapsed: where there are none, things are missed."""
-        if self._warned:
+        if self._warned or self.positions is self._judged:  # of a still scene, the places of the frame before
             return
+        self._judged = self.positions
         self._warned, crowded, folded = path.faults(self.positions, self.recipe)
         if self._warned:
             say("warning: the samples of %s have collapsed (%.0f %% of them in one place, %.0f %% folded over); is it an image like "

@@ -33,7 +33,7 @@ def score_bands(picture, recipe, encode, score, lap=lambda stage: None, pixels=N
     pixels: where they are held: a Host unless given; then `scores` are what its scores() and labels() take."""
     pixels = pixels or Host()
     lap = pixels.timed(lap)
-    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
+    view = view_of(picture, recipe, pixels)
     overview = None
     if recipe.overview:
         overview = encode(prepared_overview(view, recipe, lap, pixels))
@@ -41,6 +41,11 @@ def score_bands(picture, recipe, encode, score, lap=lambda stage: None, pixels=N
     laid = tiles.plan(view.height, view.width, recipe.tile, recipe.overlap)
     for band in blended(picture, laid, lambda boxes: _tile_scores(view, boxes, recipe, overview, score, lap, pixels), lap, pixels):
         yield band
+
+
+def view_of(picture, recipe, pixels):
+    """`picture` at the size at which the net of `recipe` sees it, as a picture. pixels: a Host, or what does the same elsewhere."""
+    return pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
 
 
 def prepared_overview(view, recipe, lap, pixels):

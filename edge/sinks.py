@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from edge import images
+from edge import images, scores
 from edge.errors import UsageError
 from edge.warp import reference
 
@@ -157,8 +157,7 @@ class Sinks:
             return None
         from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
         path, picture = overlay_path[:-len("overlay.png")] + "samples.png", frame.open()
-        view = images.resized(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
-        samples = (reference.sample(view, positions) + 0.5).astype(np.uint8)
+        samples = (reference.sample(scores.view_of(picture, recipe, scores.Host()), positions) + 0.5).astype(np.uint8)
         images.write_png(path, pictures.whereabouts(pictures.shown(picture), positions, samples))
         return path
 

@@ -103,8 +103,7 @@ def read(path, ours=True, prefix=""):
 
 def read_newest(path, drop_damaged=False, prefix=""):
     """As read(), with the file's path as meta["file"], but falls back to the older generation when `path` is damaged or gone, and
-    says so. drop_damaged: a
-    damaged `path` is deleted, so that the next write() cannot put it in the place of the good older one."""
+    says so. drop_damaged: a damaged `path` is deleted, so that the next write() cannot put it in the place of the good older one."""
     try:
         tensors, meta = read(path, prefix=prefix)
         return tensors, dict(meta, file=path)

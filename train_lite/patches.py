@@ -114,7 +114,8 @@ class PixelBatch(Batch):
 
 def draw(rng, batch, patches, inner, again=False):
     """PatchGD's sampling: per image one random order of its tiles, cut into `inner` groups of `patches`, so no tile
-    comes twice (a second order begins when the first is used up, with those that are not in a group that is not full yet). again: a new order for every group, so that tiles come again, as
+    comes twice (a second order begins when the first is used up, with those that are not in a group that is not full yet).
+    again: a new order for every group, so that tiles come again, as
     'Resource Efficient Perception for Vision Systems' draws them. Yields lists of (image, tile)."""
     orders = []
     for view in batch.views:

@@ -77,7 +77,7 @@ def look(picture, recipe, logits_of, lap, still, pixels, place):
 
     logits_of(pixels (1, 3, h, w) float32) -> density logits (h, w), or what else place(logits, recipe) makes positions of;
     None: samples stay where they are."""
-    view = pixels.fitted(picture, *images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px))
+    view = scores.view_of(picture, recipe, pixels)
     if logits_of is None:
         lap("prepare")
         return view, reference.own_positions(*recipe.task)
