@@ -96,7 +96,7 @@ def model_of(engine):
     state = read(engine)
     if state.current is None:
         raise UsageError("--engine %s is a folder, but no shelf: it has no state.json. Put a model there: edge-run --engine %s "
-                         "--update MODEL.onnx" % (engine, engine))
+                         "--update MODEL.onnx; a training's run folder is exported first: python -m export %s --out MODEL.onnx" % ((engine,) * 3))
     try:
         return path_of(engine, state.current)
     except BadFile:

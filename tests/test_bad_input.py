@@ -243,6 +243,16 @@ def test_unknown_colours(data, refused, tmp_path):
     assert "[9, 8, 7]" in text and str(data / "masks" / "00.png") in text
 
 
+@pytest.mark.parametrize("words, said", [
+    ((), []), (("--classes", 5), ["warning: none of the 4 training masks holds class 2, class 4: what is never seen is not learned"])])
+def test_classes_that_no_training_mask_holds(words, said, data, tmp_path, capsys):
+    if said:
+        ids = np.asarray(Image.open(str(data / "masks" / "00.png")))
+        Image.fromarray(ids * 3).save(str(data / "masks" / "00.png"))
+    assert train([str(word) for word in ("--data", data, "--out", tmp_path / "runs", "--name", "run") + TINY + words]) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: none of")] == said
+
+
 COLOURED = '{"classes": [{"name": "a", "colour": [0, 0, 0]}, {"name": "b", "colour": [%s]}], "ignore": %s}'
 
 

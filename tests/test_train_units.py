@@ -145,6 +145,18 @@ def test_255_means_one_thing_in_a_set(tmp_path):
     assert not problems and set(np.unique(entry.labels.window(0, 0, 40, 33))) == {0, dataset.IGNORE}
 
 
+def test_the_store_knows_which_classes_it_holds(tmp_path):
+    """From the labels as they are stored, on the first reading and on the next; ignored pixels are no class."""
+    ids = np.full((200, 140), 255, np.uint8)
+    ids[150:, 130:], ids[0, 0] = 3, 1
+    entry = stored(tmp_path, noise(200, 140), Image.fromarray(ids).save, classes=5)
+    again, = store.ingest([entry.pair], dataset.read_classes(str(tmp_path), TrainConfig(classes=5)), "none", 0, str(tmp_path / "cache"), 1.0, None,
+                          0, [])
+    assert again.ids == entry.ids == (1, 3) and store.absent([again], "abcde") == ["a", "c", "e"]
+    other = stored(tmp_path, noise(40, 33), Image.fromarray(noise(40, 33, 3, 1)).save, classes=5)
+    assert other.ids == (0, 1, 2) and store.absent([entry, other], "abcde") == ["e"]
+
+
 def test_id_masks_with_ignore(tmp_path):
     ids = noise(40, 33, 3, 1)
     ids[:4] = 255

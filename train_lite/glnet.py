@@ -255,7 +255,7 @@ class Glnet(Segmentation):
     def check(config, train):
         if mode_settings(config).fusion != "none":
             demand_tiles(config, [(entry.pair.image, entry.height, entry.width) for entry in train])
-        if config.coarse and not any(has_foreground(entry) for entry in train):
+        if config.coarse and not any(any(entry.ids) for entry in train):
             raise UsageError("--coarse %g and none of the %d training masks has any foreground: there is nothing to propose. Check "
                              "the masks, or leave --coarse out" % (config.coarse, len(train)))
 
@@ -360,12 +360,6 @@ def demand_tiles(config, sizes):
         raise UsageError("%d of the training images, such as %s of %dx%d px at --res %d, are smaller than a patch of %d px: they have no "
                          "tiles to look at. Take a smaller --patch or a larger --res, or leave them out"
                          % (len(small), small[0][0], small[0][2], small[0][1], config.res, config.patch))
-
-
-def has_foreground(stored):
-    """Whether any label of a Stored is of foreground."""
-    bands = (stored.labels.window(y, 0, min(stored.height, y + 256), stored.width) for y in range(0, stored.height, 256))
-    return any(((band != 0) & (band != IGNORE)).any() for band in bands)
 
 
 def restore_base(config):

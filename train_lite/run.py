@@ -156,6 +156,9 @@ def _ingest(config, data, pairs, classes):
     if not stored[0]:
         raise UsageError("--data %s has no training images" % data)
     task(config).check(config, stored[0])
+    missing = store.absent(stored[0], classes.names) if stored[0][0].pair.mask else []
+    if missing:
+        say("warning: none of the %d training masks holds %s: what is never seen is not learned" % (len(stored[0]), ", ".join(missing)))
     return stored
 
 

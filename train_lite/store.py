@@ -17,7 +17,7 @@ from edge.errors import BadFile
 from edge.geometry import nearest_index, reflect
 from train_lite.dataset import IGNORE
 
-VERSION = 3
+VERSION = 4
 BLOCK = 128
 HEADER = 4096
 
@@ -60,10 +60,10 @@ class StoredPicture:
 
 class Stored:
     """One pair in the store: `picture` and `labels` (class ids, IGNORE) of the same size, `pair`, overviews; white: what 255 was
-    taken for in a binary mask, 'ignored', 'foreground' or ''."""
+    taken for in a binary mask, 'ignored', 'foreground' or ''; ids: the classes that its labels hold, in order."""
 
-    def __init__(self, pair, path, height, width, white=""):
-        self.pair, self.path, self.height, self.width, self.white = pair, path, height, width, white
+    def __init__(self, pair, path, height, width, white="", ids=()):
+        self.pair, self.path, self.height, self.width, self.white, self.ids = pair, path, height, width, white, tuple(ids)
         blocks = -(-height // BLOCK) * -(-width // BLOCK) * BLOCK * BLOCK
         self.picture = StoredPicture(path, HEADER, height, width, 3)
         self.labels = StoredPicture(path, HEADER + 3 * blocks, height, width, 1)
@@ -168,7 +168,7 @@ def _open(pair, path):
     try:
         with open(path, "rb") as handle:
             header = json.loads(handle.read(HEADER).rstrip(b" \0").decode())
-        entry = Stored(pair, path, header["height"], header["width"], header["white"])
+        entry = Stored(pair, path, header["height"], header["width"], header["white"], header["ids"])
         whole = entry.labels.offset + ((entry.labels.offset - HEADER) // 3 if pair.mask else 0)
         return entry if header["version"] == VERSION and os.path.getsize(path) == whole else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -184,20 +184,24 @@ def _add(pair, path, classes, resize, resize_px):
     height, width = images.fitted_size(image.height, image.width, resize, resize_px)
     sized = images.resized(image, height, width)
     decode = LabelDecoder(pair.mask, classes) if mask else None
-    white = decode.white if mask else ""
-    header = json.dumps({"version": VERSION, "height": height, "width": width, "white": white}).encode().ljust(HEADER)
+    white, ids = decode.white if mask else "", set()
 
     with written(path, "wb") as handle:
-        handle.write(header)
+        handle.write(b" " * HEADER)
         for y0 in range(0, height, BLOCK):
             _write_blocks(handle, sized.window(y0, 0, min(height, y0 + BLOCK), width))
         for y0 in range(0, height if mask else 0, BLOCK):
             rows = nearest_index(height, mask.height, y0, min(height, y0 + BLOCK))
             band = mask.window(int(rows[0]), 0, int(rows[-1]) + 1, mask.width)
             band = band[rows - rows[0]][:, nearest_index(width, mask.width)]
-            _write_blocks(handle, decode(band)[..., None])
+            labels = decode(band)
+            ids.update(np.unique(labels).tolist())
+            _write_blocks(handle, labels[..., None])
+        ids = sorted(ids - {IGNORE})
+        handle.seek(0)
+        handle.write(json.dumps({"version": VERSION, "height": height, "width": width, "white": white, "ids": ids}).encode())
 
-    return Stored(pair, path, height, width, white)
+    return Stored(pair, path, height, width, white, ids)
 
 
 def contradictions(stored):
@@ -208,6 +212,12 @@ def contradictions(stored):
     return ["%(ignored)s holds 0, 1 and 255, so 255 is ignored there; %(foreground)s holds 0 and 255 alone, where it would be foreground. Say "
             "which it is in a classes.json in the data folder, such as {\"classes\": [{\"name\": \"ground\", \"colour\": [0, 0, 0]}, {\"name\": "
             "\"thing\", \"colour\": [1, 1, 1]}], \"ignore\": [[255, 255, 255]]}" % found]
+
+
+def absent(stored, names):
+    """Which of the classes `names` no label of a list of Stored holds, a list of names."""
+    held = set().union(*(entry.ids for entry in stored))
+    return [name for index, name in enumerate(names) if index not in held]
 
 
 def _write_blocks(handle, band):
