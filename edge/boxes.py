@@ -165,11 +165,16 @@ def decoded(scores, level, y, x, least):
     """The boxes that the cells of a window stand for, (n, 6): one for every class of a cell that scores more than `least`, the
     root of class probability times centre-ness."""
     stride, classes = STRIDES[level], len(scores) - 5
-    likely = np.sqrt(_sigmoid(scores[:classes]) * _sigmoid(scores[-1]))
+    likely = likelihood(scores)
     label, row, column = np.nonzero(likely > least)
     left, up, right, down = np.exp(np.minimum(scores[classes:classes + 4, row, column].astype(np.float64), FARTHEST)) * stride
     at_x, at_y = (x + column + 0.5) * stride, (y + row + 0.5) * stride
     return np.stack([at_x - left, at_y - up, at_x + right, at_y + down, likely[label, row, column], label], axis=1)
+
+
+def likelihood(scores):
+    """(C, ...) of scores (C + 5, ...) of cells: the root of class probability times centre-ness."""
+    return np.sqrt(_sigmoid(scores[:-5]) * _sigmoid(scores[-1]))
 
 
 def _sigmoid(values):

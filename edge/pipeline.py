@@ -96,6 +96,11 @@ class Segmenter:
         for _labels in self.bands(picture, lap):
             pass
 
+    @property
+    def kinds(self):
+        """How many ids decoded() has."""
+        return max(2, len(self.classes))
+
     def decoded(self, found):
         """Class ids of scores (C, h, W) in the host's memory."""
         return scores.labels_of(found)
@@ -249,8 +254,14 @@ class Detector(Segmenter):
                  boxes.windows(picture, self._scaled(picture), self._cells, self._head, lap, self.session.pixels)]
         yield 0, np.concatenate(parts, axis=2)
 
+    @property
+    def kinds(self):
+        return len(self.classes) + 1
+
     def decoded(self, found):
-        return scores.labels_of(found[:len(self.classes)])
+        """Of every cell: 0 for no box, else its likeliest class + 1. Which class is likeliest where nothing is, is noise."""
+        likely = boxes.likelihood(found)
+        return np.where(likely.max(axis=0) > self.rules.score, likely.argmax(axis=0) + 1, 0).astype(np.uint8)
 
     def labels(self, band):
         return self.decoded(band)

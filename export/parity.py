@@ -141,7 +141,7 @@ def compare(reference, other, frames):
 
     Classes are each side's own from end to end. Scores of a net whose samples move are compared with the samples where the
     reference has them."""
-    pixels, classes = other.session.pixels, max(2, len(reference.classes))  # one kind of box: it, or nothing
+    pixels, classes = other.session.pixels, reference.kinds
     taps = Tap(reference.session), Tap(other.session)
     alike = taps
     if reference.moves:

@@ -190,7 +190,8 @@ def write(folder, stem, net, config, classes, recipe, pipeline):
     made = {
         "format": "nanopatch-contract", "schema_version": contract.SCHEMA_VERSION, "nanopatch": __version__,
         "task": task_of(config.model), "pipeline": pipeline, "geometry_version": contract.GEOMETRY_VERSION, "stages": described,
-        "image": {"colour": "RGB", "mean": list(recipe.mean), "std": list(recipe.std), "resize": recipe.resize,
+        "image": {"colour": "RGB", "mean": list(recipe.mean), "std": list(recipe.std),
+                  "resize": "stretch" if pipeline == "grid" else recipe.resize,  # --fit none: all its images have that size
                   "resize_px": recipe.resize_px},
         "tile": None if warped else {"size": recipe.tile, "overlap": recipe.overlap, "batch": recipe.batch},
         "overview": None if warped or not recipe.overview else {"size": recipe.overview, "fusion": "maps" if pipeline == "glnet" else config.global_patch},

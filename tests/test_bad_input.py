@@ -106,7 +106,9 @@ def test_the_process_ends_with_the_code(tmp_path):
     ("--patch 32 --overlap 32", 2, "32"), ("--res big", 2, "big"), ("--res 0", 2, "--res"),
     ("--model resnet", 2, "unet"), ("--val-share 2", 2, "0.9"), ("--data absent", 2, "absent"),
     ("--config absent.json", 5, "absent.json"), ("--resume absent", 2, "run folder"),
-    ("--resume absent --epochs 3", 2, "absent")])
+    ("--resume absent --epochs 3", 2, "absent"), ("--seed -1", 2, "--seed is -1"), ("--head patchgd", 2, "--head patchgd and --model unet"),
+    ("--max-boxes 7", 2, "fcos-resnet50"), ("--model deeplabv3 --focal 1", 2, "glnet"), ("--model fcos-resnet50 --classes 3", 2, "deeplabv3"),
+    ("--model glnet --dice 0.5", 2, "that is a flag for unet")])
 def test_wrong_flag(words, code, hint, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hint in refused(train, code, *words.split())
@@ -205,6 +207,14 @@ def test_bad_image(spoil, hint, data, refused, tmp_path):
     text = refused(train, 5, "--data", data, "--out", tmp_path / "runs", *TINY)
     assert str(bad) in text and hint in text
     assert not (tmp_path / "runs").exists() and not [f for f in files_in(tmp_path) if f.endswith(".part")]
+
+
+def test_every_image_is_bad(data, refused, tmp_path):
+    """Such as pointers of Git LFS in the place of files."""
+    for path in (data / "images").iterdir():
+        text_file(path)
+    text = refused(train, 5, "--data", data, "--out", tmp_path / "runs", *TINY)
+    assert [name for name in ("%02d.png" % at for at in range(5)) if str(data / "images" / name) not in text] == []
 
 
 @pytest.mark.parametrize("spoil", [truncated_png, empty, sixteen_bits])

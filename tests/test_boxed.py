@@ -7,7 +7,7 @@ import pytest
 from conftest import real_data
 from edge.errors import BadFile, UsageError
 from train_lite import boxed
-from train_lite.dataset import SHADES, Box, Pair
+from train_lite.dataset import SHADES, Box, Pair, demand_sizes
 
 SIZE = "<size><width>200</width><height>100</height></size>"
 
@@ -84,6 +84,19 @@ def test_coco_folders(tmp_path, monkeypatch):
     pairs, _classes = boxed.find("instances_train2014.json", 0.0)
     assert [pair.name for pair in pairs] == ["../train2014/1"]
     assert os.path.samefile(pairs[0].image, os.path.join(wide, "train2014", "1.jpg"))
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "annotations/instances_default.json"])
+def test_the_only_json_of_a_folder_whatever_its_name(name, tmp_path):
+    data = put(tmp_path, {name: coco(["1.jpg"], [(0, 3, [0, 0, 9, 9])]), "images/1.jpg": ""})
+    pairs, _classes = boxed.find(data, 0.0)
+    assert [(pair.name, pair.split, len(pair.boxes)) for pair in pairs] == [("images/1", "train", 1)]
+    put(tmp_path, {"other.json": coco()})  # which of the two?
+    refused(data, "classes.txt", "labels")
+    put(tmp_path, {"classes.txt": "thing\n", "labels/1.txt": "0 0.5 0.5 0.2 0.2\n"})
+    (tmp_path / "other.json").unlink()
+    pairs, classes = boxed.find(data, 0.0)
+    assert classes.names == ("thing",)  # YOLO's labels are there: no JSON is guessed at
 
 
 @pytest.mark.parametrize("bbox, words", [
@@ -269,6 +282,14 @@ def test_yolo_names_elsewhere(tmp_path):
         assert classes.names == ("cat", "dog") and pairs[0].boxes[0].label == 1, name
     put(tmp_path / "none", dict(files, **{"data.yaml": "nc: 2\nnames: two"}))
     refused(str(tmp_path / "none"), "data.yaml: its names are no list")
+    for text in ("names:\n  # two of them\n  - cat\n\n  - dog # the second\n", "names: ['cat', 'dog',]"):
+        put(tmp_path / "gaps", dict(files, **{"data.yaml": text}))
+        assert boxed.find(str(tmp_path / "gaps"), 0.0)[1].names == ("cat", "dog")
+    for text in ("names: []", "names: [cat, cat]", "names: [cat, '', dog]"):
+        put(tmp_path / "unfit", dict(files, **{"data.yaml": text}))
+        refused(str(tmp_path / "unfit"), "data.yaml")
+    put(tmp_path / "few", dict(files, **{"data.yaml": "names: [cat]"}))
+    refused(str(tmp_path / "few"), "has the class 1; expected 0 to 0, the names in", "data.yaml")
 
 
 # --- Pascal VOC -----------------------------------------------------------------------------------------------------
@@ -356,6 +377,32 @@ def test_held_out(tmp_path):
     pairs, _classes = boxed.find(str(tmp_path), 0.2, r"(s\d)_")
     held = [pair.name for pair in pairs if pair.split == "val"]
     assert len(held) == 2 and held[0][:2] == held[1][:2]  # both of one group
+
+
+def test_more_classes_than_can_be_told_apart(tmp_path):
+    put(tmp_path, {"train.json": coco(boxes=((0, 1, [0, 0, 9, 9]),), kinds=[(at, "c%d" % at) for at in range(1, 252)]), "a.jpg": "", "b.jpg": ""})
+    refused(str(tmp_path), "has 251 classes, expected up to 250")
+
+
+@pytest.mark.parametrize("images, labels", [("%s/images", "%s/labels"), ("images/%s", "labels/%s")])
+def test_yolo_folders_called_valid(images, labels, tmp_path):
+    files = {"classes.txt": "cat"}
+    for split in ("train", "valid"):
+        files[images % split + "/%s.jpg" % split], files[labels % split + "/%s.txt" % split] = "", "0 0.5 0.5 0.2 0.2"
+    pairs, _classes = boxed.find(put(tmp_path, files))
+    assert [(os.path.basename(pair.name), pair.split, len(pair.boxes)) for pair in pairs] == [("train", "train", 1), ("valid", "val", 1)]
+
+
+def test_boxes_drawn_on_an_image_of_another_shape(tmp_path):
+    """A photograph that is turned by its EXIF flag: the boxes were drawn on what a viewer shows. Another scale is the same picture."""
+    put(tmp_path, {"train.json": coco(), "a.jpg": "", "b.jpg": ""})
+    pairs, _classes = boxed.find(str(tmp_path), 0.0)
+    assert [pair.size for pair in pairs] == [(200, 100)] * 2
+    demand_sizes(pairs, [(100, 200, False), (50, 100, False)])
+    demand_sizes(pairs, [(33, 66, False), None])
+    with pytest.raises(BadFile, match="EXIF") as caught:
+        demand_sizes(pairs, [(200, 100, False), (100, 190, False)])
+    assert "a.jpg is 100x200 px, its boxes were drawn on 200x100 px" in str(caught.value) and "b.jpg" in str(caught.value)
 
 
 def test_more_classes_than_shades(tmp_path):

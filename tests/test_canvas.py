@@ -149,9 +149,16 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 def test_a_damaged_image_leaves_nothing_behind(tmp_path, capsys):
     data = source(tmp_path / "set")
+    for name, length in (("3.png", 60), ("4.png", 0), ("2.png", 3)):
+        with open(os.path.join(data, "images", name), "r+b") as handle:
+            handle.truncate(length)
+    words = ["--data", data, "--out", str(tmp_path / "out"), "--grid", "2", "--cell", "32"]
+    assert canvas.main(words) == BadFile.exit_code
+    said = capsys.readouterr().err
+    assert "cannot be opened (2)" in said and "4.png" in said and "2.png" in said and not os.path.exists(str(tmp_path / "out"))
+    source(tmp_path / "set")
     with open(os.path.join(data, "images", "3.png"), "r+b") as handle:
         handle.truncate(60)
-    words = ["--data", data, "--out", str(tmp_path / "out"), "--grid", "2", "--cell", "32"]
     assert canvas.main(words) == BadFile.exit_code and "3.png is truncated" in capsys.readouterr().err
     assert os.listdir(str(tmp_path / "out")) == []
     source(tmp_path / "set")

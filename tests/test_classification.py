@@ -17,8 +17,8 @@ from train_lite import labelled, metrics, patches, ultramnist
 from train_lite.classification import GridBatch
 from train_lite.config import ModeSettings
 from train_lite.dataset import Pair
-from train_lite.gradient import Gradient
-from train_lite.losses import GridLoss
+from train_lite.gradient import Gradient, varies
+from train_lite.losses import GridLoss, GridTable
 from train_lite.models import gridnet
 from train_lite.patches import View
 from test_engine import board
@@ -209,7 +209,7 @@ def test_class_folders_that_cannot_be_used(files, share, words, tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("image,label\na.png,x\na.png,y\n", "twice"), ("image,label\nb.png,x\n", "no such file"), ("image,label\na.png,\n", "line 2"), ("image\na.png\n", "line 2"),
-    ("image,label,split\na.png,x,dev\n", "line 2")])
+    ("image,label,split\na.png,x,dev\n", "line 2"), ("image,label\na.png,  \n", "line 2"), ("image,label\na.png,x\n./a.png,y\n", "twice")])
 def test_csv_lines_that_cannot_be_used(text, words, tmp_path):
     put(tmp_path, "a.png")
     (tmp_path / "labels.csv").write_text(text)
@@ -217,9 +217,71 @@ def test_csv_lines_that_cannot_be_used(text, words, tmp_path):
         labelled.find(str(tmp_path), 0.0)
 
 
+@pytest.mark.parametrize("labels, order", [
+    (("10.0", "1.0", "2.0"), ("1.0", "2.0", "10.0")), (("0", "1", "-1"), ("-1", "0", "1")), (("b", "3", "\u00b2", "nan"), ("3", "b", "nan", "\u00b2"))])
+def test_classes_that_are_numbers_are_in_their_order(labels, order, tmp_path):
+    """The quadratic kappa counts how far apart they are. The file begins with Excel's mark."""
+    put(tmp_path, *["%d.png" % at for at in range(len(labels))])
+    (tmp_path / "labels.csv").write_text("image,label\n" + "".join("%d.png,%s\n" % line for line in enumerate(labels)), encoding="utf-8-sig")
+    assert labelled.find(str(tmp_path), 0.0)[1].names == order
+
+
+def test_more_classes_than_can_be_told_apart(tmp_path):
+    put(tmp_path, *["%d/1.png" % at for at in range(251)])
+    with pytest.raises(BadFile, match="holds 251 classes, expected 2 to 250"):
+        labelled.find(str(tmp_path), 0.0)
+
+
+def test_groups_are_held_out_for_all_classes_at_once(tmp_path):
+    """The same people in two classes: each on one side only."""
+    put(tmp_path / "a", *["sick/p%02d_a.png" % at for at in range(10)] + ["well/p%02d_b.png" % at for at in range(3, 13)])
+    pairs, _classes = labelled.find(str(tmp_path / "a"), 0.2, r"(p\d+)_")
+    held = [{pair.name.split("/")[1][:3] for pair in pairs if pair.split == split} for split in ("train", "val")]
+    assert len(held[0]) == 10 and len(held[1]) == 3 and not held[0] & held[1] and len(pairs) == 20
+    put(tmp_path / "b", "sick/p1_a.png", "sick/p1_b.png", "well/p0_a.png", "well/p2_b.png")
+    with pytest.raises(BadFile, match="class sick has no training image outside"):
+        labelled.find(str(tmp_path / "b"), 0.3, r"(p\d+)_")
+
+
+def test_a_folder_called_valid(tmp_path):
+    put(tmp_path, "train/a/1.png", "train/b/1.png", "valid/a/2.png", "valid/b/2.png")
+    pairs, _classes = labelled.find(str(tmp_path))
+    assert [pair.split for pair in pairs] == ["train", "val", "train", "val"]
+    put(tmp_path, "val/a/3.png")
+    with pytest.raises(BadFile, match="val and valid"):
+        labelled.find(str(tmp_path))
+
+
 def test_no_such_data(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         labelled.find(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("norm, dropout", [("batch", 0.0), ("group", 0.5)])
+def test_what_is_pushed_back_is_what_the_table_holds(norm, dropout):
+    """An encoder that gives a patch other vectors in another chunk, by batch norm or dropout: also in the first inner iteration, where all
+    patches have just been put in the table by chunks of their own."""
+    net, batch = problem(norm=norm, fusion="none")
+    net.train()
+    for module in net.encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    assert varies(net.encoder) and not varies(problem()[0].encoder)
+    held, apart = {}, []
+
+    class Table(GridTable):
+        def put(self, picks, kept):
+            held.update(zip(picks, kept.detach().clone()))
+            GridTable.put(self, picks, kept)
+
+        def surrogate(self, picks, kept, factor):
+            apart.extend(float((held[pick] - one.detach()).abs().max()) for pick, one in zip(picks, kept))
+            return GridTable.surrogate(self, picks, kept, factor)
+
+    objective = GridLoss()
+    objective.table = Table
+    list(Gradient(net, objective, ModeSettings("none", 0, TILE, "none", "sampled", "image", 0), 2, 2, 2).rounds(batch, np.random.RandomState(0)))
+    assert len(apart) == 12 and max(apart) == 0
 
 
 # --- UltraMNIST -----------------------------------------------------------------------------------------------------
@@ -281,11 +343,14 @@ def test_the_set_is_written(tmp_path):
     shades = {split: {int(v) for p in pairs if p.split == split for v in np.unique(np.array(Image.open(p.image)))} for split in ("train", "test")}
     assert 101 in shades["test"] and 101 not in shades["train"] and 100 in shades["train"]  # the test set has test digits
     again = command(*words)
-    assert again.returncode == 2 and "holds a set already" in again.stderr
+    assert again.returncode == 2 and "holds something already; delete" in again.stderr
+    (tmp_path / "out" / "ultramnist.json").unlink()  # as if it had been stopped
+    again = command(*words)
+    assert again.returncode == 2 and "perhaps a set that was stopped" in again.stderr
 
 
 @pytest.mark.parametrize("words, code, said", [
-    (["--side", "20"], 2, "--side is 20"), (["--canvas", "100"], 2, "--canvas is 100"), (["--sums", "30"], 2, "--sums"), (["--mnist", "nowhere"], 5, "no train")])
+    (["--side", "20"], 2, "--side is 20"), (["--seed", "-1"], 2, "--seed is -1"), (["--canvas", "100"], 2, "--canvas is 100"), (["--sums", "30"], 2, "--sums"), (["--mnist", "nowhere"], 5, "no train")])
 def test_ultramnist_usage(words, code, said, tmp_path):
     done = command("train_lite.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", *words)
     assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1
@@ -301,6 +366,29 @@ def test_damaged_idx(tmp_path):
             handle.write(damaged)
         with pytest.raises(BadFile, match="damaged or no idx file"):
             ultramnist.digits(folder, "t10k")
+    packed = os.path.join(folder, "train-images-idx3-ubyte.gz")
+    with open(packed, "rb") as handle:
+        content = bytearray(handle.read())
+    refused = 0
+    for at in range(10, len(content)):  # a flipped bit is one error, or in the name that gzip keeps
+        content[at] ^= 64
+        with open(packed, "wb") as handle:
+            handle.write(bytes(content))
+        try:
+            ultramnist.digits(folder, "train")
+        except BadFile:
+            refused += 1
+        content[at] ^= 64
+    assert refused > 0.6 * len(content)
+
+
+@pytest.mark.parametrize("labels", [np.arange(40).astype(np.uint8) % 9, np.zeros((40, 28, 28), np.uint8), np.arange(40).astype(np.uint8) % 11])
+def test_idx_files_of_something_else(labels, tmp_path):
+    write_idx(tmp_path, "train", np.ones((40, 28, 28), np.uint8), labels, False)
+    if labels.ndim == 3:
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes((tmp_path / "train-images-idx3-ubyte").read_bytes())
+    with pytest.raises(BadFile, match="every digit from 0 to 9"):
+        ultramnist.digits(str(tmp_path), "train")
 
 
 def test_real_mnist_reads():
@@ -340,7 +428,8 @@ def test_trains_and_resumes(shades, tmp_path):
 
 
 @pytest.mark.parametrize("flags, code, said", [
-    (["--sampler", "deform"], 2, "--sampler deform and --model mobilenetv2"), (["--fit", "none"], 2, "Leave --fit out"), (["--data", "nowhere"], 2, "does not exist")])
+    (["--sampler", "deform"], 2, "--sampler deform and --model mobilenetv2"), (["--overlap", "16"], 2, "--overlap 16 and --model mobilenetv2: that is a flag for"),
+    (["--seed", "4294967296"], 2, "--seed is 4294967296"), (["--fit", "none"], 2, "Leave --fit out"), (["--data", "nowhere"], 2, "does not exist")])
 def test_usage(flags, code, said, shades, tmp_path):
     done = command("train_lite", "--data", shades, "--res", 64, "--patch", 32, "--model", "mobilenetv2", "--width", 4, "--out", tmp_path, *flags)
     assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
@@ -413,6 +502,66 @@ def test_exports_pass_the_target_check_and_the_gate(model, head, fusion, tmp_pat
         report, _calls = parity.compare(reference, candidate, [frame])
         with pytest.raises(Exception, match="begins in stage prepare"):
             parity.demand(report, 1e-4, "model.onnx")
+
+
+@pytest.mark.slow
+def test_images_taken_as_they_are(tmp_path):
+    """--fit none: trained, exported, and run; names in any script."""
+    rng = np.random.RandomState(0)
+    for name in (u"\u732b", u"\u017eelva"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(3):
+            Image.fromarray(rng.randint(0, 256, (64, 64, 3)).astype(np.uint8)).save(str(tmp_path / "set" / name / ("%d.png" % index)))
+    done = command("train_lite", "--data", tmp_path / "set", "--res", 64, "--patch", 32, "--model", "mobilenetv2", "--width", 4, "--fit", "none",
+                   "--epochs", 1, "--out", tmp_path, "--name", "run")
+    assert done.returncode == 0, done.stderr
+    done = command("export", tmp_path / "run", "--out", tmp_path / "model.onnx")
+    assert done.returncode == 0, done.stderr
+    done = command("edge.cli", "--engine", tmp_path / "model.onnx", "--input", tmp_path / "set" / name, "--output", tmp_path / "out")
+    assert done.returncode == 0 and "3 frames done, 0 failed" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("head, patches", [("small", 128 + 2), ("patchgd", 2 * (64 + 1))])
+def test_norms_are_measured_on_a_bounded_number_of_patches(head, patches):
+    """A grid of 64 patches, 40 images: patches of many images, or the whole grids of two."""
+    from train_lite.classification import Classification
+    from train_lite.config import TrainConfig
+    from train_lite.dataset import Classes
+    config = TrainConfig(model="mobilenetv2", head=head, norm="batch", global_patch="add", width=4, res=8 * TILE, patch=TILE)
+    stored = [Memory(np.random.RandomState(at), 8 * TILE, at % 2) for at in range(40)]
+    made = Classification(config, Classes(("a", "b"), ((0, 0, 0), (9, 9, 9)), 2, False, ()), stored, [], [], torch.device("cpu"))
+    net = Classification.build(config, 2, "batch").eval()
+    seen = []
+    net.encoder.register_forward_hook(lambda _net, given, _out: seen.append(len(given[0])))
+    forward = made.calibrate(net)
+    with torch.no_grad():
+        forward()
+    assert sum(seen) == patches
+
+
+def test_norms_without_statistics_in_the_weights_are_measured(tmp_path):
+    """--norm frozen --weights: the encoder's come from the file, those of PatchGD's head from images."""
+    from train_lite import state
+    from train_lite.classification import Classification
+    from train_lite.config import TrainConfig
+    from train_lite.dataset import Classes
+    torch.manual_seed(0)
+    source = gridnet.build("mobilenetv2", "small", 4, "batch", 2, (2, 2), "add")
+    for module in source.encoder.modules():
+        if hasattr(module, "running_var"):
+            module.running_var.uniform_(3, 4)
+    torch.save(source.encoder.state_dict(), str(tmp_path / "w.pth"))
+    config = TrainConfig(model="mobilenetv2", head="patchgd", norm="frozen", global_patch="add", width=4, res=2 * TILE, patch=TILE, epochs=2,
+                         weights=str(tmp_path / "w.pth"), allow_pickle=True)
+    stored = [Memory(np.random.RandomState(at), 2 * TILE, at % 2) for at in range(3)]
+    made = Classification(config, Classes(("a", "b"), ((0, 0, 0), (9, 9, 9)), 2, False, ()), stored, [], [], torch.device("cpu"))
+    begun = state.new(made)
+    assert begun.frozen and all(name.startswith("encoder.") for name in begun.frozen)
+    begun.freeze_if_due(made)
+    heads = [name for name in begun.frozen if name.startswith("last.")]
+    assert len(heads) == 4 and all(not torch.equal(begun.net.get_submodule(name).running_var, torch.ones(8)) for name in heads)
+    kept = [begun.net.get_submodule(name).running_var for name in begun.frozen if name.startswith("encoder.")]
+    assert all(3 <= float(var.min()) and float(var.max()) <= 4 for var in kept)
 
 
 def test_a_label_where_masks_would_go(trained, shades, tmp_path):

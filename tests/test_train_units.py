@@ -457,18 +457,27 @@ def test_pretrained_weights(tmp_path):
     torch.save(weights, path)
     if "weights_only" not in inspect.signature(torch.load).parameters:
         with pytest.raises(UsageError) as caught:
-            state.load_encoder(net, path, False)
+            state.read_weights(path, False)
         assert "--allow-pickle" in str(caught.value)
-    loaded, total = state.load_encoder(net, path, "weights_only" not in inspect.signature(torch.load).parameters)
+    trusted = "weights_only" not in inspect.signature(torch.load).parameters
+    found = state.read_weights(path, trusted)
+    loaded, total = state.load_encoder(net, found, path)
     own = net.encoder.state_dict()
     assert total == len(own) and loaded == total - 2 and torch.equal(net.encoder.classifier[4].weight, last)
     assert all(torch.equal(own[name], weights[name]) for name in own if not name.startswith("classifier.4."))
     with pytest.raises(BadFile):
-        state.load_encoder(seeded("unet"), path, True)
+        state.load_encoder(seeded("unet"), found, path)
+    detector = {"backbone.body." + name[len("backbone."):]: value for name, value in source.encoder.state_dict().items() if name.startswith("backbone.")}
+    torch.save(dict(detector, **{"backbone.fpn.inner_blocks.0.0.bias": torch.zeros(3), "head.x": torch.zeros(1)}), path)
+    found = state.read_weights(path, trusted)  # torchvision's detectors
+    assert "fpn.inner_blocks.0.0.bias" in found and "layer1.0.conv1.weight" in found
+    torch.save([1, 2], path)
+    with pytest.raises(BadFile, match="holds a list"):
+        state.read_weights(path, trusted)
     if "weights_only" in inspect.signature(torch.load).parameters:
         torch.save({"code": os.system}, path)
         with pytest.raises(BadFile):
-            state.load_encoder(net, path, True)
+            state.read_weights(path, True)
 
 
 # --- demo set -------------------------------------------------------------------------------------------------------

@@ -6,14 +6,13 @@ from xml.etree import ElementTree
 from edge.command import read_json, say
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE
-from train_lite.dataset import SHADES, Box, Classes, Pair, hold_out
+from train_lite.dataset import MOST_CLASSES, SHADES, SPLITS, Box, Classes, Pair, hold_out, split_folders
 
-SPLITS = ("train", "val", "test")
 BEYOND_PX, BEYOND_SHARE = 1.0, 0.005  # by so much a box may leave its image, and is cut off; the share where sizes are not known
 LARGEST = 1e9                         # a number that is not below it is no size and no place; nor is NaN
 LAYOUTS = """expected one of
   COCO: FILE.json, DIR/train.json (and val.json, test.json), DIR/annotations/instances_train*.json (and val, test),
-    images beside the file or in images, ../images, ../train2017, ../train,
+    or the only .json of DIR and DIR/annotations; images beside the file or in images, ../images, ../train2017, ../train,
   YOLO: DIR/images + DIR/labels, DIR/train/images + DIR/train/labels or DIR/images/train + DIR/labels/train (and val, test),
     with DIR/classes.txt, or
   Pascal VOC: JPEGImages, Annotations/*.xml, ImageSets/Main/{train,val,test}.txt"""
@@ -30,9 +29,12 @@ def find(data, val_share=0.2, group_by=""):
         raise UsageError("--data %s is a file, but no .json; %s" % (data, LAYOUTS))
     problems = []
     files, places = _coco_files(data), _yolo_places(data)
+    voc = os.path.isdir(os.path.join(data, "JPEGImages")) or os.path.isdir(os.path.join(data, "Annotations"))
+    if not (files or voc or any(os.path.isdir(labels) for _images, labels, _split in places)):
+        files = _only_json(data)
     if files:
         pairs, names = _coco(os.path.dirname(data) if os.path.isfile(data) else data, files, problems)
-    elif os.path.isdir(os.path.join(data, "JPEGImages")) or os.path.isdir(os.path.join(data, "Annotations")):
+    elif voc:
         pairs, names = _voc(data, problems)
     elif places:
         pairs, names = _yolo(data, places, problems)
@@ -51,6 +53,8 @@ def find(data, val_share=0.2, group_by=""):
                         ("boxes on its training images", sum(not box.crowd for pair in train for box in pair.boxes))):
         if not count:
             raise BadFile("%s has no %s; expected one or more. Add them, or give another --data; %s" % (data, what, LAYOUTS))
+    if len(names) > MOST_CLASSES:
+        raise BadFile("%s has %d classes, expected up to %d. Merge or remove some" % (data, len(names), MOST_CLASSES))
     palette = tuple(SHADES[1 + i % (len(SHADES) - 1)] for i in range(len(names)))
     return hold_out(pairs, val_share, group_by), Classes(tuple(names), palette, len(names), False, ())
 
@@ -72,8 +76,8 @@ def _box(label, corners, width, height, beyond, crowd=False):
     return Box(label, inside[0], inside[1], inside[2], inside[3], crowd)
 
 
-def _pair(root, image, split, boxes=()):
-    return Pair(os.path.splitext(os.path.relpath(image, root or "."))[0], image, "", split, boxes=tuple(boxes))
+def _pair(root, image, split, boxes=(), size=()):
+    return Pair(os.path.splitext(os.path.relpath(image, root or "."))[0], image, "", split, boxes=tuple(boxes), size=tuple(size))
 
 
 def _lines(path, problems):
@@ -89,9 +93,13 @@ def _lines(path, problems):
 def _names(path, problems):
     """The class names of a classes.txt."""
     names = _lines(path, problems)
-    problems += ["%s line %d: got %r; expected one name per line, each once" % (path, at, name)
-                 for at, name in enumerate(names, 1) if not name or name in names[:at - 1]]
+    problems += ["%s line %d: got %r; expected one name per line, each once" % (path, at + 1, name) for at, name in _unfit(names)]
     return names
+
+
+def _unfit(names):
+    """[(number, name)] of those that are empty or there already."""
+    return [(at, name) for at, name in enumerate(names) if not isinstance(name, str) or not name or name in names[:at]]
 
 
 def _by_stem(folder, endings, problems):
@@ -126,6 +134,13 @@ def _coco_files(data):
     return found
 
 
+def _only_json(data):
+    """[(path, "train")] of a folder's only JSON file, whatever its name: programs have their own."""
+    found = [os.path.join(folder, name) for folder in (data, os.path.join(data, "annotations")) if os.path.isdir(folder)
+             for name in sorted(os.listdir(folder)) if name.lower().endswith(".json") and name[0] != "."]
+    return [(found[0], "train")] if len(found) == 1 else []
+
+
 def _coco(root, files, problems):
     pairs, known, first = [], None, ""
     for path, split in files:
@@ -133,9 +148,8 @@ def _coco(root, files, problems):
         images, notes, kinds = (_indexed(path, stored, key, problems) for key in ("images", "annotations", "categories"))
         labels = {number: label for label, number in enumerate(sorted(kinds))}
         names = [kinds[number].get("name") for number in sorted(kinds)]
-        problems += ["%s: category %d has the name %.60r; expected one of its own" % (path, number, name)
-                     for at, (number, name) in enumerate(zip(sorted(kinds), names))
-                     if not isinstance(name, str) or not name or name in names[:at]]
+        problems += ["%s: category %d has the name %.60r; expected one of its own" % (path, sorted(kinds)[at], name)
+                     for at, name in _unfit(names)]
         here = dict(zip(sorted(kinds), names))
         known, first = (here, path) if known is None else (known, first)
         problems += ["%s: category %d is %.60r, but %.60r in %s; expected equal categories"
@@ -157,7 +171,7 @@ def _coco(root, files, problems):
         for number, entry in images.items():
             image = _looked_for(places, entry.get("file_name"))
             if image:
-                pairs.append(_pair(root, image, split, boxes[number]))
+                pairs.append(_pair(root, image, split, boxes[number], (entry["width"], entry["height"]) if _sized(entry) else ()))
             else:
                 problems.append("%s: image %d: no such file: %.200r; expected it in one of %s" % (
                     path, number, entry.get("file_name"), ", ".join(places)))
@@ -234,15 +248,16 @@ def _looked_for(places, name):
 
 def _yolo_places(data):
     """[(folder of images, folder of labels, split)], one of the two is there."""
-    layouts = [[(os.path.join(data, split, "images"), os.path.join(data, split, "labels"), split) for split in SPLITS],
-               [(os.path.join(data, "images", split), os.path.join(data, "labels", split), split) for split in SPLITS],
+    inner = split_folders(os.path.join(data, "images"))
+    layouts = [[(os.path.join(place, "images"), os.path.join(place, "labels"), split) for place, split in split_folders(data)],
+               [(place, os.path.join(data, "labels", os.path.basename(place)), split) for place, split in inner],
                [(os.path.join(data, "images"), os.path.join(data, "labels"), "train")]]
     found = [[place for place in layout if os.path.isdir(place[0]) or os.path.isdir(place[1])] for layout in layouts]
     return next((places for places in found if places), [])
 
 
 def _yolo(data, places, problems):
-    names, pairs = _yolo_names(data, places, problems), []
+    (names, source), pairs = _yolo_names(data, places, problems), []
     for images, labels, split in places:
         missing = [folder for folder in (images, labels) if not os.path.isdir(folder)]
         if missing:
@@ -257,7 +272,7 @@ def _yolo(data, places, problems):
             boxes = []
             for at, line in enumerate(_lines(texts[stem], problems) if stem in texts else (), 1):
                 try:
-                    boxes += [_yolo_box(line, names)] if line else []
+                    boxes += [_yolo_box(line, names, source)] if line else []
                 except ValueError as exc:
                     problems.append("%s line %d: %.80r %s" % (texts[stem], at, line, exc))
             pairs.append(_pair(data, image, split, boxes))
@@ -265,20 +280,24 @@ def _yolo(data, places, problems):
 
 
 def _yolo_names(data, places, problems):
-    """The class names: lines of a classes.txt, in the folder or beside the labels, or the `names` of a data.yaml."""
+    """The class names and the file that they are from: lines of a classes.txt, in the folder or beside the labels, or the `names` of
+    a data.yaml."""
     for path in [os.path.join(data, "classes.txt")] + [os.path.join(labels, "classes.txt") for _images, labels, _split in places]:
         if os.path.isfile(path):
-            return _names(path, problems)
+            return _names(path, problems), path
     yaml = os.path.join(data, "data.yaml")
     if not os.path.isfile(yaml):
         problems.append("%s: no such file; expected one class name per line, or a data.yaml with names" % os.path.join(data, "classes.txt"))
-        return []
+        return [], yaml
     found, inside = {}, False
     for line in _lines(yaml, problems):
-        line = line.split(" #")[0].strip()
+        line = (" " + line).split(" #")[0].strip()
+        if not line:
+            continue
         if re.match(r"names\s*:", line):
             inside, listed = True, re.match(r"names\s*:\s*\[(.*)\]$", line)
-            found.update(enumerate(part.strip().strip("'\"") for part in listed.group(1).split(",")) if listed else ())
+            parts = [part.strip().strip("'\"") for part in listed.group(1).split(",")] if listed else []
+            found.update(enumerate(parts[:-1] if parts and not parts[-1] else parts))  # a comma may end the list
         elif inside:
             entry = re.match(r"(?:-|(\d+)\s*:)\s+(.+)$", line)
             if not entry:
@@ -287,18 +306,20 @@ def _yolo_names(data, places, problems):
             found[int(entry.group(1)) if entry.group(1) else len(found)] = entry.group(2).strip("'\"")
     if sorted(found) != list(range(len(found))) or not found:
         problems.append("%s: its names are no list; expected names: [one, two], or a line for each" % yaml)
-        return []
-    return [found[index] for index in range(len(found))]
+        return [], yaml
+    names = [found[index] for index in range(len(found))]
+    problems += ["%s: class %d is called %r; expected a name of its own" % (yaml, at, name) for at, name in _unfit(names)]
+    return names, yaml
 
 
-def _yolo_box(line, names):
+def _yolo_box(line, names, source):
     try:
         label, x, y, width, height = line.split()
         label, x, y, width, height = int(label), float(x), float(y), float(width), float(height)
     except ValueError as exc:
         raise ValueError("is no box; expected five numbers: class x y width height, the centre and size as fractions") from exc
     if names and not 0 <= label < len(names):  # without names that is what is wrong
-        raise ValueError("has the class %d; expected 0 to %d, the lines of classes.txt" % (label, len(names) - 1))
+        raise ValueError("has the class %d; expected 0 to %d, the names in %s" % (label, len(names) - 1, source))
     return _box(label, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), 1, 1, BEYOND_SHARE)
 
 
@@ -320,9 +341,9 @@ def _voc(data, problems):
         if stem not in photos or stem not in texts:
             problems.append("%s%s: no %s for it; expected both" % (stem, where, "image" if stem not in photos else "annotation"))
             continue
-        boxes = _voc_boxes(texts[stem], problems)
+        boxes, size = _voc_boxes(texts[stem], problems)
         found |= {box.label for box in boxes}
-        pairs.append(_pair(data, photos[stem], split, boxes))
+        pairs.append(_pair(data, photos[stem], split, boxes, size))
     path = os.path.join(data, "classes.txt")
     names = _names(path, problems) if os.path.isfile(path) else sorted(found)
     problems += ["%s: an object is called %.60r; expected a name in %s" % (texts[os.path.basename(pair.name)], name, path)
@@ -333,7 +354,7 @@ def _voc(data, problems):
 
 
 def _voc_boxes(path, problems):
-    """The boxes of an annotation, labelled by their names."""
+    """The boxes of an annotation, labelled by their names, and the image's size (width, height)."""
     boxes = []
     try:
         root = _xml(path)
@@ -343,7 +364,7 @@ def _voc_boxes(path, problems):
                              % (root.tag, width, height))
     except ValueError as exc:
         problems.append("%s %s" % (path, exc))
-        return boxes
+        return boxes, ()
     for at, thing in enumerate(root.findall("object"), 1):
         name, hard = (thing.findtext("name") or "").strip(), (thing.findtext("difficult") or "0").strip()
         x0, y0, x1, y1 = corners = [_float(thing.findtext("bndbox/" + key)) for key in ("xmin", "ymin", "xmax", "ymax")]
@@ -353,7 +374,7 @@ def _voc_boxes(path, problems):
             boxes.append(_box(name, (x0 - 1, y0 - 1, x1, y1), width, height, BEYOND_PX, hard == "1"))  # its first pixel is 1
         except ValueError as exc:
             problems.append("%s object %d: %s %s" % (path, at, corners, exc))
-    return boxes
+    return boxes, (width, height)
 
 
 def _float(text):

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from edge.command import guarded, parse, say, written
-from edge.errors import BadFile, UsageError
-from edge.images import PngWriter, fitted_size, open_photo, resized, whole
+from edge.errors import BadFile, UsageError, raise_all
+from edge.images import PngWriter, fitted_size, open_photo, photo_header, resized, whole
 from train_lite import boxed
+from train_lite.dataset import SPLITS, demand_sizes
 
 GREY = 250  # of what no image covers
 LONGEST = 65535  # px, of a canvas
@@ -109,7 +110,7 @@ def make(folder, split, pairs, classes, count, config, rng):
 
 @guarded
 def main(argv):
-    config = parse(CanvasConfig, argv, "python -m train_lite.canvas", __doc__, HELPS, {"split": boxed.SPLITS})
+    config = parse(CanvasConfig, argv, "python -m train_lite.canvas", __doc__, HELPS, {"split": SPLITS})
     for name in ("data", "out"):
         if not getattr(config, name):
             raise UsageError("--%s is missing. Type: python -m train_lite.canvas --data SRC --out DIR" % name)
@@ -127,6 +128,10 @@ def main(argv):
     if not pools["train"]:
         raise BadFile("%s has no images of the split %s; expected one or more. Give another --split"
                       % (config.data, config.split))
+    headers = [photo_header(pair.image) for pair in pairs]
+    demand_sizes(pairs, headers)
+    raise_all([pair.image for pair, header in zip(pairs, headers) if not header], "%s has images that cannot be opened" % config.data,
+              "Copy them again from their source, or take them off the list.")
     counts = {"train": config.count or -(-len(pools["train"]) // config.grid ** 2), "val": config.val}
     folder, stamps = os.path.join(config.out, "images"), []
     os.makedirs(folder)

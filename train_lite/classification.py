@@ -5,15 +5,15 @@ from PIL import Image, ImageDraw
 
 from edge import images, scores
 from edge.errors import UsageError
-from edge.warp.pictures import shown
+from edge.warp.pictures import drawable, shown
 from train_lite import evaluate, labelled, metrics
 from train_lite.config import mode_settings
 from train_lite.losses import GridLoss
-from train_lite.models import gridnet
-from train_lite.patches import PixelBatch
+from train_lite.models import gridnet, norm
+from train_lite.patches import PixelBatch, View
 from train_lite.problem import Problem
 
-CALIBRATION_IMAGES = 32  # for the statistics of frozen norms
+CALIBRATION_IMAGES, CALIBRATION_PATCHES = 32, 128  # for the statistics of norms
 
 
 class GridBatch(PixelBatch):
@@ -62,9 +62,24 @@ class Classification(Problem):
         return GridLoss()
 
     def calibrate(self, net):
+        """Patches of many images, and their overviews; where the head has norms too, the grids of whole images, which are few where a
+        grid is large."""
         rng = np.random.RandomState(self.config.seed)
         chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_IMAGES]]
-        return lambda: [self._scores(net, stored) for stored in chosen]
+        rows, cols = scores.grid(self.recipe)
+        whole = chosen[:max(2, CALIBRATION_PATCHES // (rows * cols))]
+        if any(isinstance(module, tuple(norm.NORMS.values())) for module in net.last.modules()):
+            return lambda: [self._scores(net, stored) for stored in whole]
+        batch = GridBatch([View(stored, 0, self.tile) for stored in chosen], self.side, self.device)
+        every = batch.every_patch()
+        picks = sorted(every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES])
+
+        def forward():
+            for pick in picks:
+                net.encoder(batch.chunk([pick]).pixels)
+            for number in range(len(whole) if self.side else 0):
+                net.encoder(batch.overviews([number]))
+        return forward
 
     def _scores(self, net, stored):
         """(classes,) of the whole image, by the path that edge-run takes."""
@@ -105,9 +120,10 @@ class Classification(Problem):
         sheet = Image.new("RGB", (max(small.shape[1], 260), small.shape[0] + 64), "white")
         sheet.paste(Image.fromarray(small), (0, 0))
         pen = ImageDraw.Draw(sheet)
-        pen.text((6, small.shape[0] + 4), "label %s" % self.classes.names[stored.pair.label], fill="black")
+        names = [drawable(name, pen.getfont()) for name in self.classes.names]
+        pen.text((6, small.shape[0] + 4), "label %s" % names[stored.pair.label], fill="black")
         for line, index in enumerate(np.argsort(-shares)[:3]):
             right = index == stored.pair.label
-            pen.text((6, small.shape[0] + 18 + 14 * line), "%s  %.0f %%" % (self.classes.names[index], 100 * shares[index]),
+            pen.text((6, small.shape[0] + 18 + 14 * line), "%s  %.0f %%" % (names[index], 100 * shares[index]),
                      fill=(0, 128, 0) if right else (90, 90, 90))
         images.write_png(path, np.array(sheet))

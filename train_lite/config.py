@@ -7,7 +7,9 @@ from edge.errors import UsageError
 SUPERVISOR_MIB = 14  # what the supervisor holds beside the training
 CLASSIFIERS = ("resnet50", "mobilenetv2")
 DETECTORS = ("fcos-resnet50", "fcos-mobilenetv2")
+PLAIN = ("unet", "deeplabv3")
 GLNETS = ("glnet", "glnet-mobilenetv2")
+DENSE = PLAIN + GLNETS  # a class for every pixel
 LAST_STRIDE = {"detection": 128, "glnet": 32}  # px between the cells of a net's last level; 16 of others
 RETRY_SMALLER = 75  # exit code between train_lite.run and its supervisor: out of memory, go on one notch smaller
 
@@ -173,7 +175,7 @@ HELPS = {
 
 CHOICES = {
     "fit": ["long", "stretch", "none"],
-    "model": ["unet", "deeplabv3"] + list(GLNETS + CLASSIFIERS + DETECTORS),
+    "model": list(DENSE + CLASSIFIERS + DETECTORS),
     "stage": ["123", "12", "23", "1", "2", "3"],
     "head": ["small", "patchgd"],
     "norm": ["group", "batch", "frozen"],
@@ -189,6 +191,9 @@ CHOICES = {
     "device": ["auto", "cpu", "cuda"],
 }
 
+OF_MODELS = {"head": CLASSIFIERS, "max_boxes": DETECTORS, "stage": GLNETS, "base": GLNETS, "coarse": GLNETS, "focal": GLNETS, "feature": GLNETS,
+             "classes": DENSE, "ignore": DENSE, "overlap": DENSE, "dice": PLAIN}  # flags that only these take
+
 
 def check(config):
     """Raise UsageError for a value out of range or for flags that exclude each other."""
@@ -200,7 +205,8 @@ def check(config):
         if getattr(config, name) < value:
             raise UsageError("--%s is %s, expected %s or more" % (name.replace("_", "-"), getattr(config, name), value))
     for name, low, high in (("val_share", 0.0, 0.9), ("freeze_at", 0.0, 1.0), ("beta2", 0.0, 0.99999), ("warm_up", 0.0, 1.0),
-                            ("radius", 0.01, 1.0), ("gamma_power", 0.0, 9.0), ("shrink", 0.0, 1.0), ("coarse", 0.0, 0.5)):
+                            ("radius", 0.01, 1.0), ("gamma_power", 0.0, 9.0), ("shrink", 0.0, 1.0), ("coarse", 0.0, 0.5),
+                            ("seed", 0, 2 ** 32 - 1)):
         if not low <= getattr(config, name) <= high:
             raise UsageError("--%s is %s, expected %s to %s" % (name.replace("_", "-"), getattr(config, name), low, high))
     step = patch_step(config.model)
@@ -219,9 +225,9 @@ def check(config):
         raise UsageError("--density is %d, expected 512 or less: it says where to look, not what is there" % config.density)
     if config.sampler != "none":
         task_size(config)
-        if task_of(config.model) != "segmentation" or config.model in GLNETS:
-            raise UsageError("--sampler %s and --model %s: samplers are for nets that give every pixel a class, unet and deeplabv3"
-                             % (config.sampler, config.model))
+        if config.model not in PLAIN:
+            raise UsageError("--sampler %s and --model %s: samplers are for nets that give every pixel a class, %s"
+                             % (config.sampler, config.model, " and ".join(PLAIN)))
         if config.mode != "patch":
             raise UsageError("--sampler %s and --mode %s: a sampler takes the place of patches; leave one out"
                              % (config.sampler, config.mode))
@@ -229,8 +235,11 @@ def check(config):
             if getattr(config, name) != getattr(TrainConfig(), name):
                 raise UsageError("--sampler %s and --%s %s: the net sees all samples at once, there are no patches behind them; leave one out"
                                  % (config.sampler, name.replace("_", "-"), getattr(config, name)))
-    if config.model not in GLNETS and (config.stage, config.base, config.coarse) != ("123", "", 0.0):
-        raise UsageError("--stage, --base and --coarse are for --model %s; this one is %s. Leave them out" % (" and ".join(GLNETS), config.model))
+    for name, models in OF_MODELS.items():
+        value = getattr(config, name)
+        if value != getattr(TrainConfig(), name) and config.model not in models and (name, value) != ("overlap", 0):
+            raise UsageError("--%s %s and --model %s: that is a flag for %s. Leave it out"
+                             % (name.replace("_", "-"), value, config.model, ", ".join(models)))
     if config.coarse and "3" in config.stage:
         raise UsageError("--coarse %g and --stage %s: whole images that see their tiles' maps need all tiles; take --stage %s"
                          % (config.coarse, config.stage, config.stage.replace("3", "") or "2"))
@@ -293,7 +302,7 @@ def mode_settings(config):
     settings = {
         "full": ModeSettings(config.fit, config.res, 0, "none", "exact", "image", 0),
         "down": ModeSettings("stretch", config.patch, config.patch, "none", "exact", "image", 0),
-        "tiled": ModeSettings(config.fit, config.res, config.patch, "none", "sampled", "sample", config.overlap),
+        "tiled": ModeSettings(config.fit, config.res, config.patch, "none", config.gradient, "sample", config.overlap),
         "patch": ModeSettings(config.fit, config.res, config.patch, config.global_patch, config.gradient, config.fill,
                               config.overlap)}[config.mode]._replace(again=config.draw == "again")
     if config.model in GLNETS:
@@ -303,7 +312,7 @@ def mode_settings(config):
                 resize="stretch", resize_px=config.patch, fusion="none", overlap=0)
         return settings._replace(gradient="exact", fill="image")
     if task_of(config.model) == "classification":  # one grid for all images, whole from the start: PatchGD's Z
-        return settings._replace(resize="none" if config.fit == "none" else "stretch", fill="image", overlap=0)
+        return settings._replace(resize="none" if config.fit == "none" and config.mode != "down" else "stretch", fill="image", overlap=0)
     if task_of(config.model) == "detection":  # the head looks across patches: all of Z is there from the start
         return settings._replace(fill="image", overlap=0)
     return settings

@@ -9,6 +9,8 @@ from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE
 
 IGNORE = 255  # class id of pixels that count nowhere: unlabelled, or owned by another tile
+SPLITS = ("train", "val", "test")
+MOST_CLASSES = 250  # masks hold class ids in a byte, contracts as many names
 IMAGE_FOLDERS = ("image", "images", "JPEGImages")
 MASK_FOLDERS = ("mask", "masks", "labels", "SegmentationClass")
 LAYOUTS = """expected one of
@@ -33,6 +35,7 @@ class Pair(NamedTuple):
     split: str   # 'train' | 'val' | 'test'
     label: int = -1  # class id of the whole image
     boxes: tuple = ()  # of Box
+    size: tuple = ()   # (width, height) px that the boxes were drawn on, where that is written down
 
 
 class Classes(NamedTuple):
@@ -67,8 +70,8 @@ def read_classes(data, config):
         colours = [_colour(entry["colour"]) for entry in entries if "colour" in entry]
         ignore = stored.get("ignore", [255])
         ignore = tuple(_colour(v) if isinstance(v, list) else int(v) for v in (ignore if isinstance(ignore, list) else [ignore]))
-        if not 2 <= len(names) <= 250 or len(colours) not in (0, len(names)):
-            raise ValueError("it has %d classes, %d with a colour; expected 2 to 250, all or none" % (len(names), len(colours)))
+        if not 2 <= len(names) <= MOST_CLASSES or len(colours) not in (0, len(names)):
+            raise ValueError("it has %d classes, %d with a colour; expected 2 to %d, all or none" % (len(names), len(colours), MOST_CLASSES))
     except (KeyError, TypeError, ValueError) as exc:
         raise BadFile('%s: %s; expected {"classes": [{"name": ..., "colour": [r, g, b]}, ...], "ignore": [...]}'
                       % (path, exc)) from exc
@@ -98,35 +101,59 @@ def find_pairs(data, val_share=0.2, group_by=""):
 
 
 def _from_csv(path):
-    return [Pair(os.path.splitext(row["image"])[0], image, mask, row.get("split") or "train")
+    return [Pair(os.path.splitext(row["image"])[0], image, mask, row["split"] or "train")
             for row, (image, mask) in csv_rows(path, ("image", "mask"), (), LAYOUTS)]
 
 
 def csv_rows(path, files, others, layouts):
-    """Lines of a CSV file as (row dict, list of absolute paths). files: columns that name files, relative to it; others: further
+    """Lines of a CSV file as (dict of the columns asked for and split, list of absolute paths). files: columns that name files, relative to it; others: further
     columns that every line fills; layouts: what was expected. One BadFile names all bad lines."""
     problems, found = [], []
     folder = os.path.dirname(os.path.abspath(path))
     try:
-        with open(path, newline="", encoding="utf-8") as handle:
+        with open(path, newline="", encoding="utf-8-sig") as handle:  # Excel's begin with a mark
             rows = list(csv.DictReader(handle))
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise BadFile("cannot read %s: %s; %s" % (path, exc, layouts)) from exc
     for number, row in enumerate(rows, 2):
-        if not all(row.get(key) for key in files + others) or (row.get("split") or "train") not in ("train", "val", "test"):
+        own = {key: (row.get(key) or "").strip() for key in files + others + ("split",)}
+        if not all(own[key] for key in files + others) or (own["split"] or "train") not in SPLITS:
             problems.append("line %d: %s" % (number, ",".join(str(v) for v in row.values())))
             continue
-        paths = [os.path.join(folder, row[key]) for key in files]
+        paths = [os.path.normpath(os.path.join(folder, own[key])) for key in files]
         problems += ["line %d: no such file: %s" % (number, p) for p in paths if not os.path.isfile(p)]
-        found.append((row, paths))
+        found.append((own, paths))
     raise_all(problems, "%s has lines that name no %s" % (path, "pair" if len(files) > 1 else "image and label"),
               "Expected the columns %s[,split] with split train, val or test; paths relative to the file." % ",".join(files + others))
     return found
 
 
+def split_folders(data):
+    """[(folder, split)] of a folder's train, val and test, there or not. val may be called valid or validation. Raises BadFile where
+    it is there twice."""
+    names = [name for name in ("val", "valid", "validation") if os.path.isdir(os.path.join(data, name))] or ["val"]
+    if len(names) > 1:
+        raise BadFile("%s has the folders %s; expected one for validation. Remove or merge the others" % (data, " and ".join(names)))
+    return [(os.path.join(data, name), split) for name, split in zip(("train", names[0], "test"), SPLITS)]
+
+
+def demand_sizes(pairs, headers):
+    """Raise BadFile where boxes were drawn on an image of another shape than the file has (another size alone is the same picture).
+    headers: of images.photo_header, None where that is not known."""
+    problems = []
+    for pair, header in zip(pairs, headers):
+        if pair.size and header:
+            (drawn_w, drawn_h), (height, width) = pair.size, header[:2]
+            if abs(drawn_w * height - drawn_h * width) > max(drawn_w, drawn_h, width, height):  # more than rounding
+                problems.append("%s is %dx%d px, its boxes were drawn on %gx%g px" % (pair.image, width, height, drawn_w, drawn_h))
+    raise_all(problems, "some images do not have the shape that their boxes were drawn on",
+              "Is it turned by a flag in the file (EXIF), which is not followed here? Turn its pixels, such as with mogrify -auto-orient, "
+              "or correct the size in the annotation.")
+
+
 def _from_folders(data):
     problems, pairs = [], []
-    places = [(os.path.join(data, split), split) for split in ("train", "val", "test")]
+    places = split_folders(data)
     if not os.path.isdir(places[0][0]):
         places = [(data, "train")]
         if not _folder(data, IMAGE_FOLDERS):  # the tiles layout: DIR/*/images + DIR/*/masks
@@ -173,7 +200,7 @@ def _voc_splits(data, pairs):
     if not os.path.isdir(lists):
         return pairs
     named = {}
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         path = os.path.join(lists, split + ".txt")
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as handle:

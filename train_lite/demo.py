@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw, ImageFilter
 from edge.command import say, written
 from edge.errors import BadFile
 from edge.images import PngWriter
+from train_lite.dataset import SPLITS
 
 VERSION = 1
 BAND = 128
 MARGIN = 8   # px drawn beyond a band, so that the blur of its border is right
-SPLITS = ("train", "val", "test")
 
 
 def sizes(res, images):

@@ -8,10 +8,11 @@ A task's objective says what that is: objective.kept(net, half, chunk, g) gives 
 objective.table(batch) a table for one batch, such as losses.SumTable."""
 import numpy as np
 import torch
+from torch import nn
 
 from jetson import phases
 from train_lite.half import LossScale
-from train_lite.models.norm import set_updating
+from train_lite.models.norm import BatchNorm, set_updating
 from train_lite.optimizer import SLAB
 from train_lite.patches import draw
 
@@ -29,6 +30,7 @@ class Gradient:
         self.pending = 0      # contributions since the last finish()
         self._scale = None    # of the gradients gathered; see add()
         self._stale = True    # a step was made since all patches were in the table
+        self._varies = varies(getattr(net, "encoder", net))
 
     def rounds(self, batch, rng):
         """Add the gradient of one batch, in one round (exact) or `inner` rounds (sampled). Yields the loss of each."""
@@ -43,7 +45,7 @@ class Gradient:
         for picks in draw(rng, batch, self.patches, self.inner, self.how.again):
             if self.how.fill == "sample":
                 table.clear()
-            yield self.add(batch, picks, table, seed, filled=self.how.fill == "image" and not self._stale)
+            yield self.add(batch, picks, table, seed, filled=self.how.fill == "image" and not (self._stale or self._varies))
 
     def _chunks(self, picks):
         return [picks[i:i + self.micro_batch] for i in range(0, len(picks), self.micro_batch)]
@@ -121,3 +123,8 @@ class Gradient:
             for grad in grads:
                 grad.mul_((min(1.0, clip / norm) if clip and norm else 1.0) / divisor)
         return norm
+
+
+def varies(net):
+    """Whether what `net` makes of a patch in training depends on the chunk that it is in: dropout, batch norm."""
+    return any(isinstance(module, BatchNorm) or isinstance(module, (nn.Dropout, nn.Dropout2d)) and module.p > 0 for module in net.modules())

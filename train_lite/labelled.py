@@ -3,7 +3,7 @@ import os
 
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE
-from train_lite.dataset import SHADES, Classes, Pair, csv_rows, hold_out
+from train_lite.dataset import MOST_CLASSES, SHADES, Classes, Pair, csv_rows, hold_out, split_folders
 
 LAYOUTS = """expected one of
   DIR/train/CLASS/*.jpg (and val/CLASS, test/CLASS), DIR/CLASS/*.jpg,
@@ -12,27 +12,41 @@ LAYOUTS = """expected one of
 
 def find(data, val_share=0.2, group_by=""):
     """(list of Pair, Classes) behind --data. Class ids follow the names in their order, numbers in theirs. Where no split says
-    otherwise, `val_share` of the training images of every class is held out.
+    otherwise, `val_share` of the training images of every class is held out; with `group_by`, of all groups.
     Raises UsageError for a wrong path, BadFile for classes or files that cannot be used."""
     if not os.path.exists(data):
         raise UsageError("--data %s does not exist; %s" % (data, LAYOUTS))
     path = data if os.path.isfile(data) else os.path.join(data, "labels.csv")
     found = _from_csv(path) if os.path.isfile(path) else _from_folders(data)
-    names = sorted({label for _pair, label in found}, key=lambda name: (0, int(name), name) if name.isdigit() else (1, 0, name))
-    if len(names) < 2:
-        raise BadFile("%s holds %d class%s; %s" % (data, len(names), "" if len(names) == 1 else "es", LAYOUTS))
+    names = sorted({label for _pair, label in found}, key=_in_order)
+    if not 2 <= len(names) <= MOST_CLASSES:
+        raise BadFile("%s holds %d class%s, expected 2 to %d; %s" % (data, len(names), "" if len(names) == 1 else "es", MOST_CLASSES, LAYOUTS))
     pairs, problems = [], []
+    held = val_share and not any(pair.split == "val" for pair, _label in found)
     for index, name in enumerate(names):
         own = [pair._replace(label=index) for pair, label in found if label == name]
         train = [pair for pair in own if pair.split == "train"]
-        held = val_share and not any(pair.split == "val" for pair, _label in found)
-        if len(train) < (2 if held else 1):
+        if len(train) < (2 if held and not group_by else 1):
             problems.append("class %s has %d training image%s" % (name, len(train), "" if len(train) == 1 else "s"))
             continue
-        pairs += hold_out(own, val_share, group_by) if held else own
+        pairs += hold_out(own, val_share, "") if held and not group_by else own
+    if held and group_by and not problems:  # a group is on one side for all classes
+        pairs = hold_out(pairs, val_share, group_by)
+        left = {pair.label for pair in pairs if pair.split == "train"}
+        problems = ["class %s has no training image outside of the groups held out" % name
+                    for index, name in enumerate(names) if index not in left]
     raise_all(problems, "%s has classes that cannot be learned" % data,
               "Expected one training image or more of every class, and one to hold out: add images, remove the class, or type --val-share 0.")
     return pairs, Classes(tuple(names), tuple(SHADES[i % len(SHADES)] for i in range(len(names))), len(names), False, ())
+
+
+def _in_order(name):
+    """Sorts numbers by value, before all other names."""
+    try:
+        value = float(name)
+    except ValueError:
+        value = float("nan")
+    return (0, value, name) if abs(value) < float("inf") else (1, 0.0, name)
 
 
 def _from_csv(path):
@@ -42,13 +56,13 @@ def _from_csv(path):
         if image in seen:
             problems.append("%s is on lines %d and %d" % (row["image"], seen[image], number))
         seen[image] = number
-        found.append((Pair(os.path.splitext(row["image"])[0], image, "", row.get("split") or "train"), row["label"].strip()))
+        found.append((Pair(os.path.splitext(row["image"])[0], image, "", row["split"] or "train"), row["label"]))
     raise_all(problems, "%s names images twice" % path, "Expected each image once. Remove the lines named.")
     return found
 
 
 def _from_folders(data):
-    places = [(os.path.join(data, split), split) for split in ("train", "val", "test")]
+    places = split_folders(data)
     if not os.path.isdir(places[0][0]):
         places = [(data, "train")]
     found, problems, known = [], [], set()

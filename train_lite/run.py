@@ -12,6 +12,7 @@ from jetson import phases
 from jetson.memory import peak_rss_mib
 from train_lite import checkpoint, demo, store
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings, whole_side
+from train_lite.dataset import demand_sizes
 from train_lite.runfolder import RunFolder
 
 OWN_WORDS = ("--resume", "--budget", "--json", "--debug", "--smaller")  # of a command that goes on with a run
@@ -117,8 +118,9 @@ def _plan(config, pairs, classes, device):
     from train_lite.problem import task
     phases.mark("plan")
     plan.trim()  # what the training before this one held
-    headers = [photo_header(pair.image) for pair in pairs] or [(config.res, config.res, True)]
-    headers = [header for header in headers if header]
+    headers = [photo_header(pair.image) for pair in pairs]
+    demand_sizes(pairs, headers)
+    headers = [header for header in headers if header] or [(config.res, config.res, True)]  # _ingest() names those without
     settings = mode_settings(config)
     fitted = [fitted_size(h, w, settings.resize, settings.resize_px) for h, w, _bands in headers]
     whole = settings.task or (whole_side(config.model, max(map(max, fitted))),) * 2

@@ -1,5 +1,6 @@
 """Where training stands: all that a checkpoint holds."""
 import inspect
+import re
 
 import torch
 
@@ -138,11 +139,13 @@ def new(problem):
     state, config = State(problem), problem.config
     problem.adopt(state)
     if config.weights:
-        if config.norm == "frozen":  # their own statistics, not ones measured here
-            left = norm.group_norms(state.net)
-            norm.put_frozen(state.net, left)
-            state.frozen += left
-        loaded = load_encoder(state.net, config.weights, config.allow_pickle)
+        found = read_weights(config.weights, config.allow_pickle)
+        if config.norm == "frozen":  # their own statistics, not ones measured here; those of other layers are measured at step 0
+            own = [name for name in norm.group_norms(state.net) if name.startswith("encoder.")
+                   and name[len("encoder."):] + ".running_mean" in found]
+            norm.put_frozen(state.net, own)
+            state.frozen += own
+        loaded = load_encoder(state.net, found, config.weights)
         say("%d of %d tensors of the encoder from %s" % (loaded + (config.weights,)))
     return state
 
@@ -161,14 +164,22 @@ def restore(path):
     return net.eval(), config, classes, meta["tile"], meta
 
 
-def load_encoder(net, path, allow_pickle):
-    """Pretrained weights for net.encoder, by name: .safetensors, or torchvision's .pth. Layers of another shape (the
-    last one always) keep their random start. Returns (parameters loaded, parameters in all)."""
+def read_weights(path, allow_pickle):
+    """{name in an encoder: tensor} of a file with pretrained weights: .safetensors, or torchvision's .pth."""
     if path.endswith(".safetensors"):
         found = {name: torch.from_numpy(value) for name, value in checkpoint.read(path, ours=False)[0].items()}
     else:
         found = _read_pth(path, allow_pickle)
-    found = {name[len("net.encoder."):] if name.startswith("net.encoder.") else name: value for name, value in found.items()}
+    if not isinstance(found, dict):
+        raise BadFile("%s holds a %s; expected a dict of names and tensors, as torch.save(net.state_dict()) writes it" % (path, type(found).__name__))
+    detector = any(str(name).startswith("backbone.body.") for name in found)  # torchvision's: backbone.body.layer1, backbone.fpn
+    prefix = r"^backbone\.(body\.)?" if detector else r"^net\.encoder\."
+    return {re.sub(prefix, "", str(name)): value for name, value in found.items()}
+
+
+def load_encoder(net, found, path):
+    """Put pretrained weights, as of read_weights(), into net.encoder. Layers of another shape (the last one always) keep their
+    random start. Returns (parameters loaded, parameters in all)."""
     own = net.encoder.state_dict()
     fits = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
     if 2 * len(fits) < len(own):

@@ -11,6 +11,7 @@ import json
 import os
 import struct
 import sys
+import zlib
 from itertools import combinations_with_replacement
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from edge.command import guarded, parse, say, written
 from edge.errors import BadFile, UsageError
+from train_lite.dataset import SPLITS
 
 SIDE = 28
 SUMS = range(28)        # of 3 to 5 digits
@@ -67,7 +69,7 @@ def read_idx(folder, name):
                     if magic not in (2049, 2051):
                         raise ValueError("its magic number is %d, expected 2049 or 2051" % magic)
                     return np.frombuffer(handle.read(), np.uint8).reshape(shape)
-            except (OSError, EOFError, ValueError, struct.error) as exc:
+            except (OSError, EOFError, ValueError, struct.error, zlib.error) as exc:
                 raise BadFile("%s is damaged or no idx file: %s" % (path, exc)) from exc
     raise BadFile("no %s or %s.gz in %s" % (name, name, folder))
 
@@ -75,8 +77,10 @@ def read_idx(folder, name):
 def digits(folder, part):
     """The digits of a part, 'train' or 't10k': list over 0..9 of (N, 28, 28) uint8."""
     images, labels = read_idx(folder, part + "-images-idx3-ubyte"), read_idx(folder, part + "-labels-idx1-ubyte")
-    if len(images) != len(labels) or images.shape[1:] != (SIDE, SIDE):
-        raise BadFile("the %s digits in %s: %d images of %s px and %d labels" % (part, folder, len(images), images.shape[1:], len(labels)))
+    if images.shape[1:] != (SIDE, SIDE) or labels.shape != images.shape[:1] or set(np.unique(labels)) != set(range(10)):
+        raise BadFile("the %s digits in %s: images of shape %s and labels of shape %s, which are %s; expected (N, %d, %d), (N,) and every digit "
+                      "from 0 to 9. Give the folder of all MNIST files"
+                      % (part, folder, images.shape, labels.shape, np.unique(labels).tolist()[:12], SIDE, SIDE))
     return [images[labels == digit] for digit in range(10)]
 
 
@@ -123,14 +127,16 @@ def main(argv):
             raise UsageError("--%s is missing. Type: python -m train_lite.ultramnist --mnist FOLDER --out FOLDER" % name)
     canvas = config.canvas or config.side
     for name, value, low, high in (("side", config.side, 64, 65535), ("canvas", canvas, config.side, 65535), ("sums", config.sums, 2, 28),
-                                   ("train", config.train, 1, 10 ** 7), ("val", config.val, 0, 10 ** 7), ("test", config.test, 0, 10 ** 7)):
+                                   ("train", config.train, 1, 10 ** 7), ("val", config.val, 0, 10 ** 7), ("test", config.test, 0, 10 ** 7),
+                                   ("seed", config.seed, 0, 2 ** 32 - 1)):
         if not low <= value <= high:
             raise UsageError("--%s is %d, expected %d to %d" % (name, value, low, high))
     stamp = os.path.join(config.out, "ultramnist.json")
-    if os.path.exists(stamp):
-        raise UsageError("%s holds a set already; delete it, or give another --out" % config.out)
+    if os.path.isfile(config.out) or os.path.isdir(config.out) and os.listdir(config.out):
+        raise UsageError("%s holds something already%s; delete it, or give another --out"
+                         % (config.out, "" if os.path.exists(stamp) else ", perhaps a set that was stopped"))
     pools = {"train": digits(config.mnist, "train"), "test": digits(config.mnist, "t10k")}
-    for number, split in enumerate(("train", "val", "test")):
+    for number, split in enumerate(SPLITS):
         pool, count = pools["test" if split == "test" else "train"], getattr(config, split)
         for index in range(count):
             rng, total = np.random.RandomState([config.seed, number, index]), index % config.sums

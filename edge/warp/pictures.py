@@ -38,6 +38,11 @@ def _font(px):
         return ImageFont.load_default()
 
 
+def drawable(words, font):
+    """`words` as the font can draw them: that of an old Pillow has Latin letters only."""
+    return words if isinstance(font, ImageFont.FreeTypeFont) else words.encode("latin-1", "replace").decode("latin-1")
+
+
 def outlined(small, boxes, scale, names, palette):
     """The shrunk picture `small` (h, w, 3) uint8 with boxes (n, 6), of edge.boxes.detect, drawn on it. scale: what their px are
     multiplied with; names, palette: of the classes."""
@@ -47,7 +52,7 @@ def outlined(small, boxes, scale, names, palette):
         x0, y0, x1, y1 = (float(side) * scale for side in box[:4])
         colour = tuple(palette[int(box[5])])
         pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
-        words = names[int(box[5])] if box[4] >= 1 else "%s %.0f %%" % (names[int(box[5])], 100 * box[4])
+        words = drawable(names[int(box[5])] if box[4] >= 1 else "%s %.0f %%" % (names[int(box[5])], 100 * box[4]), font)
         across, down = font.getmask(words).size
         pen.rectangle((x0, y0, x0 + across + 6, y0 + down + 6), fill=colour)
         pen.text((x0 + 3, y0 + 1), words, fill="black" if sum(colour) > 330 else "white", font=font)
@@ -59,7 +64,7 @@ def beside(panels):
     parts, font = [], _font(14)
     for words, panel in panels:
         bar = Image.new("RGB", (panel.shape[1], BAR_PX), "white")
-        ImageDraw.Draw(bar).text((2, 1), words, fill="black", font=font)
+        ImageDraw.Draw(bar).text((2, 1), drawable(words, font), fill="black", font=font)
         parts.append(np.pad(np.concatenate([np.asarray(bar), panel]), ((0, GAP_PX), (0, GAP_PX), (0, 0)), mode="constant",
                             constant_values=255))
     return np.concatenate(parts, axis=1)

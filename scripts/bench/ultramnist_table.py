@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from trainings import ROOT, summary
+from trainings import ROOT, demand_same, summary
 
 ROWS = {"full": ["--mode", "full"], "patchgd": ["--global-patch", "none"], "ours": ["--global-patch", "add"]}
 
@@ -28,9 +28,11 @@ def main():
         parser.add_argument("--" + name, type=int, default=value)
     given = parser.parse_args()
     data = os.path.join(os.path.abspath(given.work), "set")
+    counts = ["--train", str(given.train), "--val", "0", "--test", str(given.test), "--sums", str(given.sums)]
+    os.makedirs(given.work, exist_ok=True)
+    demand_same(os.path.join(given.work, "set.flags"), " ".join(counts))
     if not os.path.exists(os.path.join(data, "ultramnist.json")):
-        subprocess.check_call([sys.executable, "-m", "train_lite.ultramnist", "--mnist", given.mnist, "--out", data, "--side", "512",
-                               "--train", str(given.train), "--val", "0", "--test", str(given.test), "--sums", str(given.sums)],
+        subprocess.check_call([sys.executable, "-m", "train_lite.ultramnist", "--mnist", given.mnist, "--out", data, "--side", "512"] + counts,
                               env=dict(os.environ, PYTHONPATH=ROOT))
     print("%d training and %d test images of %d sums, %s width %d, head %s, %s norm, batch %d, %d epochs, %d seeds" % (
         given.train, given.test, given.sums, given.model, given.width, given.head, given.norm, given.batch, given.epochs, given.seeds))
