@@ -389,6 +389,18 @@ def test_resume_falls_back_to_the_older_generation(trained, tmp_path):
     assert [name for name in theirs if not np.array_equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.parametrize("change", [{"width": 8}, {"global_patch": "add"}, {"model": "deeplabv3"}])
+def test_a_checkpoint_of_another_net(change, trained, refused, tmp_path):
+    """Its config.json was edited: what is wrong is named, not the package's version."""
+    run = shutil.copytree(str(trained["run"]), str(tmp_path / "run"))
+    with open(os.path.join(run, "config.json")) as handle:
+        config = json.load(handle)
+    with open(os.path.join(run, "config.json"), "w") as handle:
+        json.dump(dict(config, **change), handle)
+    text = refused(train, 5, "--resume", run)
+    assert "does not fit the net that its config describes" in text and "config.json" in text
+
+
 @pytest.mark.parametrize("words, code", [
     (["absent"], 2), ([], 2), (["."], 2), (["{run}", "--out", "model.txt"], 2), (["{run}", "--tolerance", 0], 2),
     (["{run}", "--frames", "absent.png"], 5)])

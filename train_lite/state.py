@@ -17,6 +17,9 @@ from train_lite.optimizer import Optimizer
 from train_lite.problem import task
 
 
+MISFIT = "%s does not fit the net that its config describes, or is of another version of nanopatch: %s. Was its config.json changed? Bring it back"
+
+
 class State:
     """Net, optimizer moments, scale of the loss, position, best score."""
 
@@ -54,14 +57,14 @@ class State:
         _demand_classes(problem, meta, path)
         try:
             state = cls(problem, meta["frozen"])
+            _load(state.net, tensors, path)
             for name in ("epoch", "batch", "step", "frozen_at", "best", "loss_sum", "loss_count"):
                 setattr(state, name, meta[name])
             state.loss_scale.restore(meta["loss_scale"])
             moments = _moments(state, tensors, problem.config.optimizer)
             steps = meta["optimizer_steps"]
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
-        _load(state.net, tensors, path)
+            raise BadFile(MISFIT % (path, exc)) from exc
         if moments:
             state.optimizer.restore(moments, steps)
         return state
@@ -131,7 +134,7 @@ def _load(net, tensors, path):
         net.load_state_dict({name[4:]: torch.from_numpy(value) for name, value in tensors.items()
                              if name.startswith("net.")})
     except RuntimeError as exc:
-        raise BadFile("%s does not fit the net that its config describes: %s" % (path, str(exc).splitlines()[-1])) from exc
+        raise BadFile(MISFIT % (path, str(exc).splitlines()[-1].strip(" ."))) from exc
 
 
 def new(problem):
@@ -159,7 +162,7 @@ def restore(path):
         classes = Classes(**dict(meta["classes"], palette=tuple(map(tuple, meta["classes"]["palette"]))))
         net = build_net(config, classes, meta["frozen"])
     except (KeyError, TypeError, AttributeError) as exc:
-        raise BadFile("%s is not a checkpoint of this version of nanopatch: %s" % (path, exc)) from exc
+        raise BadFile(MISFIT % (path, exc)) from exc
     _load(net, tensors, path)
     return net.eval(), config, classes, meta["tile"], meta
 
