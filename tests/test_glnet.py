@@ -790,8 +790,8 @@ def test_runs_of_others_are_not_gone_on_with(place, here, capsys):
     (["--coarse", 0.6], "--coarse is 0.6, expected 0.0 to 0.5"), (["--coarse", 0.2], "take --stage 12"),
     (["--stage", 2, "--base", "runs/ref", "--coarse", 0.2, "--data", "blank"], "training masks has any foreground"),
     (["--patch", 48], "take a multiple of 32, such as 32"), (["--mode", "full"], "its two baselines are --mode down"),
-    (["--model", "unet", "--stage", 1], "--stage, --base and --coarse are for --model glnet"),
-    (["--model", "deeplabv3", "--coarse", 0.1], "--stage, --base and --coarse are for --model glnet"),
+    (["--model", "unet", "--stage", 1], "--stage 1 and --model unet: that is a flag for glnet, glnet-mobilenetv2"),
+    (["--model", "deeplabv3", "--coarse", 0.1], "--coarse 0.1 and --model deeplabv3: that is a flag for glnet"),
     (["--sampler", "deform"], "--sampler deform and --model glnet-mobilenetv2"), (["--stage", 13], "--stage"),
     (["--focal", -1], "--focal is -1"), (["--data", "nowhere"], "does not exist")])
 def test_usage(words, said, here, capsys):

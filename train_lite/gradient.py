@@ -30,7 +30,6 @@ class Gradient:
         self.pending = 0      # contributions since the last finish()
         self._scale = None    # of the gradients gathered; see add()
         self._stale = True    # a step was made since all patches were in the table
-        self._varies = varies(getattr(net, "encoder", net))
 
     def rounds(self, batch, rng):
         """Add the gradient of one batch, in one round (exact) or `inner` rounds (sampled). Yields the loss of each."""
@@ -42,10 +41,11 @@ class Gradient:
         if self.how.fill == "image":
             self.fill(batch, every, table, seed)
             self._stale = False
+        again = self.how.fill == "sample" or varies(getattr(self.net, "encoder", self.net))  # the table has no vectors of these chunks
         for picks in draw(rng, batch, self.patches, self.inner, self.how.again):
             if self.how.fill == "sample":
                 table.clear()
-            yield self.add(batch, picks, table, seed, filled=self.how.fill == "image" and not (self._stale or self._varies))
+            yield self.add(batch, picks, table, seed, filled=not (again or self._stale))
 
     def _chunks(self, picks):
         return [picks[i:i + self.micro_batch] for i in range(0, len(picks), self.micro_batch)]

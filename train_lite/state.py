@@ -144,8 +144,9 @@ def new(problem):
     if config.weights:
         found = read_weights(config.weights, config.allow_pickle)
         if config.norm == "frozen":  # their own statistics, not ones measured here; those of other layers are measured at step 0
-            own = [name for name in norm.group_norms(state.net) if name.startswith("encoder.")
-                   and name[len("encoder."):] + ".running_mean" in found]
+            inside = {id(module): name for name, module in state.net.encoder.named_modules()}
+            own = [name for name in norm.group_norms(state.net)
+                   if inside.get(id(state.net.get_submodule(name)), "") + ".running_mean" in found]
             norm.put_frozen(state.net, own)
             state.frozen += own
         loaded = load_encoder(state.net, found, config.weights)
