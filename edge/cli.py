@@ -12,7 +12,7 @@ from edge.errors import UsageError
 from edge.pressure import MODES
 from edge.pressure import check as check_pressure
 from edge.sinks import Sinks, is_film, is_page, lines_beside
-from edge.sources import open_source, uri
+from edge.sources import open_source, stills, uri
 from jetson import phases
 
 
@@ -121,12 +121,17 @@ def check(config):
 
 
 def check_not_input(config):
-    """Raise UsageError where the video to be written is the one that is read."""
-    if not is_film(config.output) or not os.path.exists(config.output):
+    """Raise UsageError where the file to be written is one that is read."""
+    place, stem = uri.parse(config.input), os.path.splitext(config.output)[0]
+    written = [config.output] if is_film(config.output) else [
+        config.output, stem + ".overlay.png", stem + ".samples.png"] if config.output.endswith(".png") else []
+    written = [path for path in written if os.path.exists(path)]
+    if not written or place.kind not in ("file", "stills"):
         return
-    place = uri.parse(config.input)
-    if place.kind == "file" and os.path.exists(place.where) and os.path.samefile(config.output, place.where):
-        raise UsageError("--output %s is the input itself, which would be lost; give another name" % config.output)
+    read = [path for path in (stills.find_files(place.where) if place.kind == "stills" else [place.where]) if os.path.exists(path)]
+    lost = [path for path in written if any(os.path.samefile(path, other) for other in read)]
+    if lost:
+        raise UsageError("--output %s: %s is the input itself, which would be lost; give another name" % (config.output, lost[0]))
 
 
 def source_options(config):
@@ -181,6 +186,10 @@ def main(argv):
     uri.check(source_options(config))
     check_pressure(config.pressure, config.least_rate, config.least_scale)
     check_not_input(config)
+    if uri.parse(config.input).kind in ("stills", "synthetic"):
+        for name in ("input_width", "input_height", "input_flip"):
+            if getattr(config, name) != getattr(EdgeConfig(), name):
+                raise UsageError("--%s is for cameras and video; pictures are taken as they are. Leave it out" % name.replace("_", "-"))
     model = shelf.model_of(config.engine)
     # a shelf's model may fail: the one before is at hand
     found = contract.load(model) if config.write_service or model == config.engine else None

@@ -165,8 +165,8 @@ def _known(exc):
     if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return BadFile("the disk is full, while writing %s. Free some space and type the command again"
                        % (exc.filename or "a file"))
-    if isinstance(exc, (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError)):
-        return BadFile("cannot use %s: %s" % (exc.filename, exc.strerror))
+    if isinstance(exc, OSError) and (exc.filename or exc.errno in (errno.EIO, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG)):
+        return BadFile("cannot use %s: %s" % (exc.filename or "a file", exc.strerror))
     if isinstance(exc, MemoryError):
         return OverBudget("out of memory. Close other programs, or use a smaller --res or --patch")
     return EdgeError("this is a bug in nanopatch: %s: %s. Type the command again with --debug and report it"

@@ -18,7 +18,8 @@ from edge.geometry import reflect
 STREAM_ABOVE_PX = 16 * 1000 * 1000   # larger PNG files are decoded band by band (48 MB of RGB)
 WHOLE_LIMIT_PX = 400 * 1000 * 1000   # other formats are decoded whole: beyond this (1.2 GB) they are refused
 READABLE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".webp")
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+          struct.error, zlib.error)  # whatever Pillow raises over damaged bytes
 
 Image.MAX_IMAGE_PIXELS = None  # the limits above take its place; Pillow's would refuse the images we exist for
 OVERLAY_OPACITY = 0.5
@@ -132,7 +133,7 @@ def _open(path, pixels, check):
             header = handle.read(29)
         if not header:
             raise BadFile("%s is empty (0 bytes); expected an image" % path)
-        if header.startswith(PNG_MAGIC) and len(header) == 29:
+        if header.startswith(PNG_MAGIC) and header[12:16] == b"IHDR" and len(header) == 29:
             width, height, depth, _colour = struct.unpack(">IIBB", header[16:26])
             if depth == 16:
                 raise BadFile("%s has 16 bits per channel; expected 8. Say yourself what becomes white: "
@@ -208,6 +209,8 @@ def _png_bands(path, rows):
         inflate, waiting, above, done = zlib.decompressobj(), bytearray(), None, 0
         for kind, data in _chunks(handle, path):
             if kind == b"IHDR":
+                if header:
+                    raise BadFile("%s is damaged: it has two headers. Copy it again from its source" % path)
                 header = data
                 width, height, depth, colour = struct.unpack(">IIBB", data[:10])
                 samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
@@ -215,7 +218,7 @@ def _png_bands(path, rows):
             elif kind == b"PLTE":
                 palette += data
             elif kind == b"IDAT":
-                while data:
+                while data and done < height:  # what follows the last row is not even inflated
                     waiting += inflate.decompress(data, rows * stride)
                     data = inflate.unconsumed_tail
                     while done < height:

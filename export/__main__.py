@@ -51,8 +51,8 @@ def main(argv):
     config = parse(ExportConfig, argv, "python -m export", __doc__, HELPS, positional="source")
     if not config.source:
         raise UsageError("what shall be exported? Type: python -m export runs/train/last --out model.onnx")
-    if config.tile_batch < 1 or config.tolerance <= 0 or config.workspace < 1:
-        raise UsageError("--tile-batch and --workspace must be 1 or more and --tolerance above 0")
+    if config.tile_batch < 1 or not 0 < config.tolerance < float("inf") or config.workspace < 1:
+        raise UsageError("--tile-batch and --workspace must be 1 or more and --tolerance a number above 0")
     targets.target(config.target)
     if config.check and not config.source.endswith(".onnx"):
         raise UsageError("--check looks at an .onnx file; %s is exported and checked in one: leave --check out" % config.source)

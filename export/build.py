@@ -1,4 +1,5 @@
 """ONNX -> TensorRT engines on the board: one child per stage and attempt, ever less memory, parity, contract."""
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,9 @@ def build(model, out, config):
     config: an ExportConfig. Returns the report. Raises OverBudget, BadFile, ParityError."""
     made, files = contract.load(model)
     facts = _child({})
+    if facts is None:
+        raise OverBudget("the builder was killed while it looked at the device, for want of memory. Close other programs, or add swap "
+                         "(sudo python3 -m jetson setup --apply)")
     stem = os.path.splitext(os.path.basename(out))[0]
     with contract.publishing(out) as (scratch, publish):
         plans, stages = {}, []
@@ -87,9 +91,9 @@ def _stage(stage, source, plan, facts, config):
     """Build one engine, or take it from the cache."""
     place = "-".join(facts[key].replace(" ", "_").replace("/", "_") for key in ("tensorrt", "device", "compute_capability"))
     shelf = os.path.join(cache_home(), "engines", place)
+    whole = hashlib.sha256(" ".join(sorted(config.float32.split())).encode()).hexdigest()[:12]  # names of nodes hold slashes
     kept = os.path.join(shelf, "%s-%s-%d%s.plan" % (
-        contract.sha256(source)[:32], "fp16" if config.fp16 else "fp32", config.workspace, "-" + "+".join(
-            sorted(config.float32.split())) if config.float32 else ""))
+        contract.sha256(source)[:32], "fp16" if config.fp16 else "fp32", config.workspace, "-" + whole if config.float32 else ""))
     if not os.path.isfile(kept) or not config.reuse:
         os.makedirs(shelf, exist_ok=True)
         job = {"onnx": source, "plan": kept, "cache": os.path.join(shelf, "timing.cache"),
@@ -147,6 +151,8 @@ def _child(job, name=""):
         return None
     if child.returncode == 2:
         raise UsageError("%s. Engines are built on the board that runs them" % words.replace("error: ", ""))
+    if child.returncode in (OverBudget.exit_code, BadFile.exit_code):
+        raise (BadFile if child.returncode == BadFile.exit_code else OverBudget)("the builder: %s" % words.replace("error: ", "")[-400:])
     if child.returncode or not text:
         raise EngineMismatch("the builder ended with %s: %s" % (child.returncode, words[-400:] or "no word"))
     return json.loads(text.splitlines()[-1])

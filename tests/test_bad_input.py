@@ -17,6 +17,7 @@ from conftest import command, write_set
 from edge import errors, schema
 from edge.cli import main as edge_run
 from edge.command import guarded
+from edge.sources.stills import from_files
 from export.__main__ import main as export
 from train_lite import checkpoint
 from train_lite.run import main as train
@@ -81,7 +82,8 @@ def flip(path, at):
 @pytest.mark.parametrize("error, code", [
     (ZeroDivisionError(), 1), (errors.UsageError("x"), 2), (errors.MissingPart("x", "y"), 2),
     (errors.OverBudget("x"), 3), (MemoryError(), 3), (errors.ParityError("x"), 4), (errors.BadFile("x"), 5),
-    (OSError(28, "full", "f"), 5), (PermissionError(13, "denied", "f"), 5), (errors.SourceLost("x"), 6),
+    (OSError(28, "full", "f"), 5), (PermissionError(13, "denied", "f"), 5), (FileExistsError(17, "exists", "f"), 5), (OSError(30, "read-only"), 5),
+    (OSError(36, "name too long", "f"), 5), (OSError(5, "card is dying"), 5), (OSError(98, "in use"), 1), (errors.SourceLost("x"), 6),
     (errors.EngineMismatch("x"), 7), (KeyboardInterrupt(), 130)])
 def test_exit_code(error, code, capsys):
     def main(argv):
@@ -403,7 +405,7 @@ def test_a_checkpoint_of_another_net(change, trained, refused, tmp_path):
 
 @pytest.mark.parametrize("words, code", [
     (["absent"], 2), ([], 2), (["."], 2), (["{run}", "--out", "model.txt"], 2), (["{run}", "--tolerance", 0], 2),
-    (["{run}", "--frames", "absent.png"], 5)])
+    (["{run}", "--tolerance", "inf"], 2), (["{run}", "--tolerance", "nan"], 2), (["{run}", "--frames", "absent.png"], 5)])
 def test_export_refuses(words, code, trained, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(export, code, *[str(word).replace("{run}", str(trained["run"])) for word in words])
@@ -430,6 +432,25 @@ def model(trained, tmp_path):
     for file in trained["folder"].glob("model*"):
         shutil.copy(str(file), str(tmp_path / "model"))
     return tmp_path / "model" / "model.onnx"
+
+
+@pytest.mark.parametrize("name, output", [("a.png", "a.png"), ("a.overlay.png", "a.png"), ("a.samples.png", "a.png")])
+def test_a_picture_is_not_replaced_by_its_mask(name, output, model, refused, tmp_path):
+    image = Image.new("RGB", (40, 40), (9, 90, 190))
+    image.save(str(tmp_path / name))
+    text = refused(edge_run, 2, "--engine", model, "--input", tmp_path / name, "--output", tmp_path / output)
+    assert "is the input itself" in text and np.array_equal(np.asarray(Image.open(str(tmp_path / name))), np.asarray(image))
+
+
+@pytest.mark.parametrize("words", [["--input-flip", "rotate-180"], ["--input-width", 64, "--input-height", 64]])
+def test_flags_for_cameras_are_not_for_pictures(words, model, refused, tmp_path):
+    Image.new("RGB", (40, 40)).save(str(tmp_path / "a.png"))
+    assert "is for cameras and video" in refused(edge_run, 2, "--engine", model, "--input", tmp_path / "a.png", "--output", tmp_path / "out", *words)
+
+
+def test_results_have_names_of_their_own():
+    names = [frame.name for frame in from_files(["x/a-2.png", "x/a.jpg", "x/a.png", "y/a.png", "x/a-2.jpg", "y/b.png"])]
+    assert names == ["a-2", "a", "a-2-2", "a-3", "a-2-4", "b"]
 
 
 def rewrite(model, change):

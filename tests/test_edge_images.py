@@ -184,6 +184,67 @@ def test_the_last_checksums_count_too(tmp_path, monkeypatch, back):
         read(images.open_photo(path))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of each tag
+@pytest.mark.parametrize("ending", ["webp", "tif", "gif", "jpg", "bmp"])
+def test_damage_in_other_formats(tmp_path, ending):
+    """Cut anywhere, or a bit flipped near the beginning: an image or one BadFile, whatever Pillow raises over it."""
+    path, refused = str(tmp_path / ("a." + ending)), 0
+    try:
+        Image.fromarray(scene("noisy", 3, 40, 60)).save(path)
+    except (KeyError, OSError, ValueError) as exc:
+        pytest.skip("this Pillow writes no %s: %s" % (ending, exc))
+    with open(path, "rb") as handle:
+        blob = handle.read()
+    spoiled = [blob[:len(blob) * share // 100] for share in (1, 5, 30, 60, 90, 99)]
+    for at in list(range(0, 120)) + list(range(max(0, len(blob) - 200), len(blob), 3)):  # a TIFF's directory may be at its end
+        for bit in (0, 3, 6):
+            changed = bytearray(blob)
+            changed[min(at, len(blob) - 1)] ^= 1 << bit
+            spoiled.append(bytes(changed))
+    for content in spoiled:
+        with open(path, "wb") as handle:
+            handle.write(content)
+        try:
+            images.photo_header(path)
+            images.open_photo(path)
+        except BadFile as exc:
+            assert path in str(exc)
+            refused += 1
+    assert refused >= 3
+
+
+def test_what_follows_the_last_row_is_not_inflated(tmp_path, monkeypatch):
+    """A few KB can hold gigabytes of zeros."""
+    import tracemalloc
+    monkeypatch.setattr(images, "STREAM_ABOVE_PX", 0)
+    array = scene("smooth", 3)
+    filtered_png(tmp_path / "a.png", array, 2)
+    blob = (tmp_path / "a.png").read_bytes()
+    at = blob.index(b"IDAT") - 4
+    rows = b"".join(b"\0" + row.tobytes() for row in array)
+    packed = zlib.compress(rows + bytes(200 << 20))
+    bomb = struct.pack(">I", len(packed)) + b"IDAT" + packed + struct.pack(">I", zlib.crc32(b"IDAT" + packed) & 0xffffffff)
+    (tmp_path / "a.png").write_bytes(blob[:at] + bomb + blob[-12:])
+    tracemalloc.start()
+    assert np.array_equal(read(images.open_photo(str(tmp_path / "a.png"))), array)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
+
+
+@pytest.mark.parametrize("swap", [(b"IHDR", b"IHDx"), (b"IDAT", b"IHDR")])
+def test_headers_in_the_wrong_place(tmp_path, way, swap):
+    filtered_png(tmp_path / "a.png", scene("smooth", 3), 2)
+    blob = bytearray((tmp_path / "a.png").read_bytes())
+    at = blob.index(swap[0])
+    size, = struct.unpack(">I", blob[at - 4:at])
+    blob[at:at + 4] = swap[1]
+    blob[at + 4 + size:at + 8 + size] = struct.pack(">I", zlib.crc32(bytes(blob[at:at + 4 + size])) & 0xffffffff)
+    (tmp_path / "a.png").write_bytes(bytes(blob))
+    with pytest.raises(BadFile):
+        read(images.open_photo(str(tmp_path / "a.png")))
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bands", [1, 50, 1000])

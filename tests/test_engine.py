@@ -13,7 +13,7 @@ from conftest import ROOT, command, rest_slow
 from doubles import api_folder, child_env, install
 from edge import contract, trial
 from edge.backends import trt as backend
-from edge.errors import EdgeError
+from edge.errors import BadFile, EdgeError, EngineMismatch, OverBudget
 from export.build import ladder
 
 pytestmark = pytest.mark.skipif(not os.path.isdir(api_folder()), reason="the listed names of TensorRT's bindings are not in %s; "
@@ -127,6 +127,38 @@ def test_a_builder_that_is_killed_tries_with_less(kill_mib, trained, tmp_path, m
     said = capsys.readouterr().err
     assert said.count("head: building") <= 5 and ("killed the builder" in said) == (kill_mib < 600 + 512)
     assert os.path.getsize(job["plan"]) > 1000
+
+
+@pytest.mark.parametrize("code, error", [(3, OverBudget), (5, BadFile), (1, EngineMismatch), (-9, None)])
+def test_how_a_builder_ended(code, error, tmp_path, monkeypatch):
+    """Out of memory and a full disk are not an engine of another device."""
+    import export.build as building
+    script = tmp_path / "builder"
+    script.write_text("#!/bin/sh\necho 'error: the disk is full' >&2\n%s\n" % ("kill -9 $$" if code < 0 else "exit %d" % code))
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    if error is None:
+        assert building._child({}) is None
+        monkeypatch.setattr(building.contract, "load", lambda _model: ({}, {}))
+        with pytest.raises(OverBudget, match="killed while it looked at the device"):
+            building.build("m.onnx", str(tmp_path / "m.plan"), None)
+        return
+    with pytest.raises(error, match="the disk is full"):
+        building._child({})
+
+
+def test_engines_of_nodes_with_slashes_are_kept(tmp_path, monkeypatch):
+    """torch 2 calls nodes /encoder/0/Conv; many of them are longer than a file's name may be."""
+    import export.build as building
+    from export.__main__ import ExportConfig
+    made = []
+    monkeypatch.setattr(building, "cache_home", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(building, "ladder", lambda _name, job, _mib: (made.append(job["plan"]), open(job["plan"], "w").close()))
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    facts = {"tensorrt": "8.2", "device": "NVIDIA/Tegra X1", "compute_capability": "5.3"}
+    for nodes in ("/encoder/0/Conv /head/Conv", "/head/Conv /encoder/0/Conv", "/head/Conv", " ".join("/encoder/%d/Conv" % at for at in range(50)), ""):
+        building._stage({"name": "net"}, str(tmp_path / "a.onnx"), str(tmp_path / "a.plan"), facts, ExportConfig(fp16=True, float32=nodes))
+    assert len(made) == 4 and len(set(made)) == 4 and len({os.path.dirname(path) for path in made}) == 1
 
 
 @pytest.mark.slow

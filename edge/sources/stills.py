@@ -40,10 +40,12 @@ def numbered(pattern):
 
 
 def from_files(paths):
-    used = set()
-    for index, path in enumerate(paths):
-        stem = os.path.splitext(os.path.basename(path))[0]
-        name = stem if stem not in used else "%s-%d" % (stem, index)
+    stems, used = [os.path.splitext(os.path.basename(path))[0] for path in paths], set()
+    known = set(stems)
+    for index, (path, stem) in enumerate(zip(paths, stems)):
+        name = stem
+        while name in used or name != stem and name in known:  # a.png behind a.jpg, where a-1.png may be another
+            name += "-%d" % index
         used.add(name)
         yield Frame(index, name, path, lambda path=path: images.open_photo(path))
 
