@@ -391,6 +391,21 @@ def test_resume_falls_back_to_the_older_generation(trained, tmp_path):
     assert [name for name in theirs if not np.array_equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.parametrize("left", [None, b"", b'{"run": "x", "sec'])
+def test_a_summary_that_was_cut_short_is_written_anew(left, trained, tmp_path):
+    """The disk was full as the run ended; it is not trained again."""
+    run = shutil.copytree(str(trained["run"]), str(tmp_path / "run"))
+    path = os.path.join(run, "summary.json")
+    os.remove(path)
+    if left is not None:
+        with open(path, "wb") as handle:
+            handle.write(left)
+    done = command("train_lite", "--resume", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(path) as handle:
+        assert json.load(handle)["steps"] > 0
+
+
 @pytest.mark.parametrize("change", [{"width": 8}, {"global_patch": "add"}, {"model": "deeplabv3"}])
 def test_a_checkpoint_of_another_net(change, trained, refused, tmp_path):
     """Its config.json was edited: what is wrong is named, not the package's version."""

@@ -40,6 +40,16 @@ def test_the_scale_does_not_change_the_gradient(value):
     assert max(relative(p.grad, want[name]) for name, p in net.named_parameters() if want[name].abs().max() > 1e-8) < 1e-8
 
 
+def test_sums_of_half_precision_go_into_the_table():
+    """A loss that is worked out under autocast comes back as float32, the table holds float64."""
+    _net, loss, batch = problem()
+    table, every = loss.table(batch), batch.every_patch()
+    table.put(every[:2], torch.full((2, 5), 0.5, dtype=torch.float32))
+    table.put(every[2:], torch.ones(len(every) - 2, 5, dtype=torch.float64))
+    table.couple(None, None, 1.0)
+    assert table.weight().dtype == torch.float64 and float(table.weight()) == len(every) - 1
+
+
 class Log(list):
     def log(self, **row):
         self.append(row)

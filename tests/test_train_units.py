@@ -157,6 +157,21 @@ def test_the_store_knows_which_classes_it_holds(tmp_path):
     assert other.ids == (0, 1, 2) and store.absent([entry, other], "abcde") == ["e"]
 
 
+def test_a_full_store_deletes_its_own_files_only(tmp_path):
+    """--cache may be any folder: what else lies there is somebody's."""
+    (tmp_path / "cache" / "photos").mkdir(parents=True)
+    others = [tmp_path / "cache" / name for name in ("holiday.mp4", "photos/a.tiles", "0123456789abcdef.tiles")]
+    for path in others:
+        path.write_bytes(bytes(3 << 20))
+        os.utime(str(path), (1, 1))
+    entry = stored(tmp_path, noise(200, 140), Image.fromarray(noise(200, 140, 2, 1)).save)
+    for name in (entry.path, entry.overview_path(24, 24)):
+        os.utime(name, (2, 2))
+    store._make_room(str(tmp_path / "cache"), 1e-6, 10)
+    assert all(path.stat().st_size == 3 << 20 for path in others)
+    assert not os.path.exists(entry.path) and not [name for name in os.listdir(str(tmp_path / "cache")) if name.startswith(os.path.basename(entry.path))]
+
+
 def test_id_masks_with_ignore(tmp_path):
     ids = noise(40, 33, 3, 1)
     ids[:4] = 255

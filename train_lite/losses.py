@@ -83,7 +83,7 @@ class SumTable:
     def put(self, picks, sums):
         if self._rows is None:
             self._rows = torch.zeros(len(self._index), sums.shape[1], dtype=torch.float64, device=sums.device)
-        self._rows[[self._index[pick] for pick in picks]] = sums.detach()
+        self._rows[[self._index[pick] for pick in picks]] = sums.detach().to(self._rows)
 
     def clear(self):
         self._rows = None

@@ -4,8 +4,8 @@ import os
 import sys
 import time
 
-from edge.command import banner, from_json, guarded, parse, read_json, say
-from edge.errors import OverBudget, UsageError, raise_all
+from edge.command import banner, from_json, guarded, parse, read_json, say, written
+from edge.errors import BadFile, OverBudget, UsageError, raise_all
 from edge.images import fitted_size, photo_header
 from edge.optional import need
 from jetson import phases
@@ -218,10 +218,13 @@ def _report(config, problem, start, run, result, seconds, again, last):
     elif problem.settings.task and result:
         say("val  %s (last net, %d images)" % (problem.describe(result), len(problem.val)))
     summary, path = _known(dict(summary, peak_mib=peak_rss_mib())), os.path.join(run.path, "summary.json")
-    if again and os.path.isfile(path):
-        said = read_json(path, "the summary")
+    if again:
+        try:
+            said = read_json(path, "the summary")
+        except BadFile:  # cut short, or never written: the disk was full
+            said = {}
         summary.update({key: said.get(key, summary[key]) for key in ("seconds", "val", "peak_mib")})
-    with open(path, "w", encoding="utf-8") as handle:
+    with written(path) as handle:
         json.dump(summary, handle, indent=1)
     say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))
     say("next: python -m export %s --out model.onnx" % run.path)

@@ -6,6 +6,7 @@ resident memory of the process. Beside it an overview per size asked. All of it 
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 
@@ -20,6 +21,7 @@ from train_lite.dataset import IGNORE
 VERSION = 4
 BLOCK = 128
 HEADER = 4096
+OURS = re.compile(r"[0-9a-f]{24}\.tiles")  # names begin so: tiles, and the overviews and edges beside them
 
 
 class StoredPicture:
@@ -287,7 +289,7 @@ def _packed(colour):
 
 def _make_room(folder, limit_gb, since):
     """Delete the longest unused files until the store is below its cap; refuse when the disk is nearly full."""
-    files = [os.path.join(folder, name) for name in os.listdir(folder)]
+    files = [os.path.join(folder, name) for name in os.listdir(folder) if OURS.match(name)]  # --cache may be a folder that holds more
     sizes = {path: os.stat(path) for path in files if os.path.isfile(path)}
     total = sum(info.st_size for info in sizes.values())
     for path in sorted(sizes, key=lambda p: sizes[p].st_mtime):
