@@ -17,7 +17,7 @@ from edge.command import guarded, parse, say, written
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import PngWriter, fitted_size, open_photo, photo_header, resized, whole
 from train_lite import boxed
-from train_lite.dataset import SPLITS, demand_sizes
+from train_lite.dataset import SPLITS, demand_empty, demand_sizes
 
 GREY = 250  # of what no image covers
 LONGEST = 65535  # px, of a canvas
@@ -120,8 +120,7 @@ def main(argv):
             raise UsageError("--%s is %d, expected %d to %d" % (name, getattr(config, name), low, high))
     if config.val and config.split == "val":
         raise UsageError("--val and --split val would draw from the same images. Give one of them")
-    if os.path.isfile(config.out) or os.path.isdir(config.out) and os.listdir(config.out):
-        raise UsageError("%s holds something already; delete it, or give another --out" % config.out)
+    demand_empty(config.out)
     pairs, classes = boxed.find(config.data, 0.2 if config.val else 0.0)
     pools = {split: [pair for pair in pairs if pair.split == wanted]
              for split, wanted in (("val", "val"), ("train", config.split))}

@@ -120,10 +120,12 @@ class Classification(Problem):
         sheet = Image.new("RGB", (max(small.shape[1], 260), small.shape[0] + 64), "white")
         sheet.paste(Image.fromarray(small), (0, 0))
         pen = ImageDraw.Draw(sheet)
-        names = [drawable(name, pen.getfont()) for name in self.classes.names]
-        pen.text((6, small.shape[0] + 4), "label %s" % names[stored.pair.label], fill="black")
-        for line, index in enumerate(np.argsort(-shares)[:3]):
+
+        def write(line, words, fill):
+            pen.text((6, small.shape[0] + 4 + 14 * line), drawable(words, pen.getfont()), fill=fill)
+
+        write(0, "label %s" % self.classes.names[stored.pair.label], "black")
+        for line, index in enumerate(np.argsort(-shares)[:3], 1):
             right = index == stored.pair.label
-            pen.text((6, small.shape[0] + 18 + 14 * line), "%s  %.0f %%" % (names[index], 100 * shares[index]),
-                     fill=(0, 128, 0) if right else (90, 90, 90))
+            write(line, "%s  %.0f %%" % (self.classes.names[index], 100 * shares[index]), (0, 128, 0) if right else (90, 90, 90))
         images.write_png(path, np.array(sheet))

@@ -106,8 +106,8 @@ def _from_csv(path):
 
 
 def csv_rows(path, files, others, layouts):
-    """Lines of a CSV file as (dict of the columns asked for and split, list of absolute paths). files: columns that name files, relative to it; others: further
-    columns that every line fills; layouts: what was expected. One BadFile names all bad lines."""
+    """Lines of a CSV file as (dict of the columns asked for and split, list of absolute paths). files: columns that name files,
+    relative to it; others: further columns that every line fills; layouts: what was expected. One BadFile names all bad lines."""
     problems, found = [], []
     folder = os.path.dirname(os.path.abspath(path))
     try:
@@ -135,6 +135,12 @@ def split_folders(data):
     if len(names) > 1:
         raise BadFile("%s has the folders %s; expected one for validation. Remove or merge the others" % (data, " and ".join(names)))
     return [(os.path.join(data, name), split) for name, split in zip(("train", names[0], "test"), SPLITS)]
+
+
+def demand_empty(out, hint=""):
+    """Raise UsageError where the folder of a new set holds anything: it would be mixed into the set."""
+    if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
+        raise UsageError("%s holds something already%s; delete it, or give another --out" % (out, hint))
 
 
 def demand_sizes(pairs, headers):

@@ -41,11 +41,11 @@ class Gradient:
         if self.how.fill == "image":
             self.fill(batch, every, table, seed)
             self._stale = False
-        again = self.how.fill == "sample" or varies(getattr(self.net, "encoder", self.net))  # the table has no vectors of these chunks
+        refilled = self.how.fill == "sample" or varies(getattr(self.net, "encoder", self.net))  # the table has no vectors of these chunks
         for picks in draw(rng, batch, self.patches, self.inner, self.how.again):
             if self.how.fill == "sample":
                 table.clear()
-            yield self.add(batch, picks, table, seed, filled=not (again or self._stale))
+            yield self.add(batch, picks, table, seed, filled=not (refilled or self._stale))
 
     def _chunks(self, picks):
         return [picks[i:i + self.micro_batch] for i in range(0, len(picks), self.micro_batch)]

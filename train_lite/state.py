@@ -194,15 +194,14 @@ def load_encoder(net, found, path):
 
 
 def _read_pth(path, allow_pickle):
-    if "weights_only" in inspect.signature(torch.load).parameters:
-        how = {"weights_only": True}
-    elif allow_pickle:
-        how = {}  # runs what the file says: --allow-pickle was typed for it
-    else:
+    safe = "weights_only" in inspect.signature(torch.load).parameters
+    if not safe and not allow_pickle:
         raise UsageError("%s: this torch (%s) reads a .pth only by running code from it. Convert it to .safetensors on "
                          "another machine or, if you trust the file, add --allow-pickle" % (path, torch.__version__))
     try:
-        return torch.load(path, map_location="cpu", **how)
+        if safe:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu")  # unpickles, so runs what the file says: --allow-pickle was typed for it
     except Exception as exc:  # whatever a hostile or damaged pickle raises
         raise BadFile("cannot read the weights %s: %s: %s. Expected a file that torch.save wrote"
                       % (path, type(exc).__name__, (str(exc).splitlines() or [""])[0])) from exc

@@ -20,7 +20,7 @@ from PIL import Image
 
 from edge.command import guarded, parse, say, written
 from edge.errors import BadFile, UsageError
-from train_lite.dataset import SPLITS
+from train_lite.dataset import SPLITS, demand_empty
 
 SIDE = 28
 SUMS = range(28)        # of 3 to 5 digits
@@ -132,9 +132,7 @@ def main(argv):
         if not low <= value <= high:
             raise UsageError("--%s is %d, expected %d to %d" % (name, value, low, high))
     stamp = os.path.join(config.out, "ultramnist.json")
-    if os.path.isfile(config.out) or os.path.isdir(config.out) and os.listdir(config.out):
-        raise UsageError("%s holds something already%s; delete it, or give another --out"
-                         % (config.out, "" if os.path.exists(stamp) else ", perhaps a set that was stopped"))
+    demand_empty(config.out, "" if os.path.exists(stamp) else ", perhaps a set that was stopped")
     pools = {"train": digits(config.mnist, "train"), "test": digits(config.mnist, "t10k")}
     for number, split in enumerate(SPLITS):
         pool, count = pools["test" if split == "test" else "train"], getattr(config, split)
