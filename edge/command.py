@@ -128,9 +128,12 @@ def without_secrets(text):
 
 
 def say(text):
-    """A line for the person at the terminal: stderr, so that stdout holds results only."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """A line for the person at the terminal: stderr, so that stdout holds results only. Nobody reading it any more stops nothing."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except OSError:  # the pipe's reader, or the terminal, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def banner(command, device, backend):

@@ -31,18 +31,20 @@ class Recipe(NamedTuple):
 
 
 def footprint(first, side, size, cells):
-    """(first cell, cells) of a map of `cells` that px first .. first + side of `size` px cover: rounded, as published."""
-    count = int(np.clip(np.round(cells * side / float(size)), 1, cells))
-    return min(int(np.round(first / float(size) * cells)), cells - count), count
+    """(first cell, cells) of a map of `cells` that px first .. first + side of `size` px cover: rounded, as published. Of a tile larger
+    than the image the cells go on beyond the map."""
+    count = max(1, int(np.round(cells * side / float(size))))
+    return min(int(np.round(first / float(size) * cells)), max(0, cells - count)), count
 
 
 def crops(boxes, height, width, tile):
     """Matrices that bring the maps of an image of height x width px to its tiles `boxes` (n, 4): rows, cols (n, R) float32, of
     all levels one after another (see split), each (cells of the tile, cells of the image); rows @ map @ cols.T."""
     def matrix(_axis, cells, first, count):
-        found = np.zeros((cells, cells), np.float32)
+        found = np.zeros((cells, max(cells, count)), np.float32)
         found[:, first:first + count] = bilinear_matrix(cells, count)
-        return found
+        found[:, cells - 1] += found[:, cells:].sum(axis=1)  # beyond the image is what is at its border
+        return found[:, :cells]
     return _of_boxes(boxes, (height, width), tile, matrix)
 
 
@@ -51,9 +53,9 @@ def places(boxes, laid):
     tile), otherwise as crops(). They are divided by the number of tiles over a cell, so that the sum over all tiles of `laid`, a
     tiles.Plan, is their mean."""
     def matrix(axis, cells, first, count):
-        found = np.zeros((cells, cells), np.float32)
+        found = np.zeros((max(cells, count), cells), np.float32)
         found[first:first + count] = bilinear_matrix(count, cells)
-        return found / over[axis, cells][:, None]
+        return found[:cells] / over[axis, cells][:, None]
 
     over = _tiles_over(laid)
     return _of_boxes(boxes, (laid.height, laid.width), laid.tile, matrix)

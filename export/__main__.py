@@ -46,6 +46,10 @@ HELPS = {
 }
 
 
+OF_SOURCES = {"fp16": ".onnx", "float32": ".onnx", "workspace": ".onnx", "reuse": ".onnx",
+              "tile_batch": "checkpoint", "tolerance": "checkpoint", "target": "checkpoint"}  # flags that only these take
+
+
 @guarded
 def main(argv):
     config = parse(ExportConfig, argv, "python -m export", __doc__, HELPS, positional="source")
@@ -58,6 +62,7 @@ def main(argv):
         raise UsageError("--check looks at an .onnx file; %s is exported and checked in one: leave --check out" % config.source)
     if config.check:
         return _check(config)
+    _demand_flags(config)
     if config.source.endswith(".onnx"):
         return _build(config)
     torch, _onnx, _ort = need("torch"), need("onnx"), need("onnxruntime")
@@ -69,6 +74,20 @@ def main(argv):
     from edge.backends import ort
     banner("export", "cpu", "torch %s, %s" % (torch.__version__, ort.describe()))
     return _finish(config, out, export(path, out, config, ort))
+
+
+def _demand_flags(config):
+    """Raise UsageError for a flag that would do nothing."""
+    kind = ".onnx" if config.source.endswith(".onnx") else "checkpoint"
+    for name, takes in OF_SOURCES.items():
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if takes != kind and value != ExportConfig._field_defaults[name]:
+            raise UsageError("%s is a flag for %s; %s is %s. Leave it out" % (
+                "--no-reuse" if name == "reuse" else flag if value is True else "%s %s" % (flag, value),
+                "building engines from an .onnx file" if takes == ".onnx" else "exporting a checkpoint", config.source,
+                "exported already" if kind == ".onnx" else "to be exported first, as FILE.onnx"))
+    if config.float32 and not config.fp16:
+        raise UsageError("--float32 %s without --fp16: everything stays float32 then. Add --fp16, or leave it out" % config.float32)
 
 
 def _finish(config, out, report):

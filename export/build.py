@@ -1,4 +1,5 @@
 """ONNX -> TensorRT engines on the board: one child per stage and attempt, ever less memory, parity, contract."""
+import difflib
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ def build(model, out, config):
     if facts is None:
         raise OverBudget("the builder was killed while it looked at the device, for want of memory. Close other programs, or add swap "
                          "(sudo python3 -m jetson setup --apply)")
+    _demand_nodes(config.float32.split(), files)
     stem = os.path.splitext(os.path.basename(out))[0]
     with contract.publishing(out) as (scratch, publish):
         plans, stages = {}, []
@@ -52,6 +54,19 @@ def build(model, out, config):
         publish(plan)
     trial.passed("trt", plan)
     return {"out": out, "engine": engine, "parity": plan["parity"]}
+
+
+def _demand_nodes(names, files):
+    """Raise UsageError for names that no node of the graphs `files` has; without the onnx package nobody can tell."""
+    try:
+        onnx = need("onnx") if names else None
+    except MissingPart as exc:
+        say("warning: whether there are nodes called %s cannot be told: %s" % (", ".join(names), exc))
+        return
+    known = [node.name or node.output[0] for path in files.values() for node in onnx.load(path).graph.node] if names else []
+    for name in (name for name in names if name not in known):
+        near = difflib.get_close_matches(name, known, 1)
+        raise UsageError("--float32: no node is called %s%s" % (name, "; did you mean %s?" % near[0] if near else ""))
 
 
 def _parity(exported, built, config, out):

@@ -128,14 +128,14 @@ def in_use_mib():
 
 
 def oom_kills():
-    """How often the kernel has killed for want of memory so far: in this control group and those above it, and on the
-    whole machine. A dict name -> count; empty where the kernel does not say (before Linux 4.13)."""
-    counts = {}
-    for folder in [folder for folder, _mib in _groups()]:
-        for name in ("memory.oom_control", "memory.events"):
-            counts[folder] = _counter(os.path.join(folder, name), "oom_kill") or counts.get(folder, 0)
+    """How often the kernel has killed for want of memory so far. A dict name -> count: this control group and those above it;
+    the whole machine where no group says (what others suffer on a shared machine is not ours); empty where the kernel does
+    not say at all (before Linux 4.13, as on the Nano)."""
+    files = [os.path.join(folder, name) for folder, _mib in _groups() for name in ("memory.oom_control", "memory.events")]
+    counts = {path: _counter(path, "oom_kill") for path in files}
+    said = {path: count for path, count in counts.items() if count is not None}
     machine = _counter("/proc/vmstat", "oom_kill")
-    return counts if machine is None else dict(counts, machine=machine)
+    return said or ({} if machine is None else {"machine": machine})
 
 
 def _counter(path, key):

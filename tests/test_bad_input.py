@@ -110,7 +110,12 @@ def test_the_process_ends_with_the_code(tmp_path):
     ("--config absent.json", 5, "absent.json"), ("--resume absent", 2, "run folder"),
     ("--resume absent --epochs 3", 2, "absent"), ("--seed -1", 2, "--seed is -1"), ("--head patchgd", 2, "--head patchgd and --model unet"),
     ("--max-boxes 7", 2, "fcos-resnet50"), ("--model deeplabv3 --focal 1", 2, "glnet"), ("--model fcos-resnet50 --classes 3", 2, "deeplabv3"),
-    ("--model glnet --dice 0.5", 2, "that is a flag for unet")])
+    ("--model glnet --dice 0.5", 2, "that is a flag for unet"),
+    ("--model glnet --patches 8", 2, "that is a flag for unet"),
+    ("--model glnet --gradient exact", 2, "that is a flag for unet"),
+    ("--model resnet50 --fill image", 2, "that is a flag for unet"),
+    ("--model glnet --base runs/train/x", 2, "--stage 123 begins from nothing"),
+    ("--model glnet --mode tiled --coarse 0.1", 2, "--coarse 0.1 and --mode tiled")])
 def test_wrong_flag(words, code, hint, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hint in refused(train, code, *words.split())

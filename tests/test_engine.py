@@ -161,6 +161,21 @@ def test_engines_of_nodes_with_slashes_are_kept(tmp_path, monkeypatch):
     assert len(made) == 4 and len(set(made)) == 4 and len({os.path.dirname(path) for path in made}) == 1
 
 
+@pytest.mark.parametrize("words, said", [
+    (("--fp16", "--float32", "no-such-node"), "no node is called no-such-node"), (("--float32", "Conv_0"), "without --fp16"),
+    (("--tolerance", "1e-3"), "--tolerance 0.001 is a flag for exporting a checkpoint"), (("--tile-batch", "2"), "is exported already")])
+def test_flags_that_would_do_nothing_are_refused(words, said, trained, tmp_path):
+    done = build(trained, tmp_path, "8.2", *words)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not [name for name in os.listdir(str(tmp_path)) if "plan" in name]
+
+
+def test_flags_of_the_builder_are_refused_for_a_checkpoint(trained, tmp_path):
+    for words, said in ((("--fp16",), "--fp16 is a flag for building engines"), (("--no-reuse",), "--no-reuse is"), (("--workspace", 64), "--workspace 64 is")):
+        done = command("export", trained["run"], "--out", tmp_path / "m.onnx", *words, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr and not os.listdir(str(tmp_path)), done.stderr
+
+
 @pytest.mark.slow
 def test_a_board_too_small_to_build_says_so(trained, tmp_path):
     done = build(trained, tmp_path, "8.2", kill_mib=600)

@@ -19,6 +19,7 @@ from train_lite.dataset import IGNORE, Pair
 from train_lite.evaluate import Branches
 from train_lite.glnet import Glnet, GlobalBatch, SharedBatch, Stage1Loss, Stage2Loss, Stage3Loss, TileBatch, TileView
 from train_lite.gradient import Gradient
+from train_lite.half import LossScale
 from train_lite.models import glnet, norm
 from train_lite.patches import MEAN, STD
 from train_lite.run import main
@@ -120,6 +121,20 @@ def close(got, want, least=1e-6):
 
 SIZES = [(64, 64, 64, 0), (200, 150, 64, 16), (150, 333, 64, 20), (64, 500, 64, 50), (65, 64, 64, 0), (96, 97, 32, 25),
          (500, 40, 32, 5)]
+
+
+@pytest.mark.parametrize("size", [20, 40, 63])
+def test_a_tile_larger_than_the_image_sees_its_cells_where_they_lie(size):
+    """Maps of px positions, there and back: within rounding to whole cells."""
+    tile = 64
+    laid = tiles.plan(size, 200, tile, 8)
+    there, back = [sharing.split(made[0], tile) for made in (sharing.crops(laid.boxes(), size, 200, tile), sharing.places(laid.boxes(), laid))]
+    for stride, crop, place in zip(sharing.STRIDES, there, back):
+        cells, along = tile // stride, crop[0].shape[0]
+        of_image, of_tile = [(np.arange(cells) + 0.5) / cells * side for side in (size, tile)]
+        assert abs(crop[0] @ of_image - np.clip(of_tile, of_image[0], of_image[-1])).max() <= 0.6 * size / cells and along == cells
+        assert abs(place[0] @ of_tile - np.clip(of_image, of_tile[0], of_tile[-1])).max() <= 0.6 * size / cells
+        assert np.allclose(crop[0].sum(axis=1), 1) and np.allclose(place[0].sum(axis=1) * len(laid.ys), 1)
 
 
 @pytest.mark.parametrize("height, width, tile, overlap", SIZES)
@@ -290,6 +305,22 @@ def ours(net, stage, batch, outputs, micro):
     return loss, taken(net)
 
 
+@pytest.mark.skipif(torch.__version__ < "2", reason="this torch has bfloat16 only on a CPU")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_half_precision_points_the_same_way(stage):
+    """The layers in float16, sums and gradients in float32."""
+    net = seeded(stage).float()
+    batch = batch_of(stage, [TileView(Memory(np.random.RandomState(0), 128, 100, TILE, 2), 0, TILE, OVERLAP)], 2)
+    batch.dtype, grads = torch.float32, {}
+    for on in (False, True):
+        made = Gradient(net, LOSSES[stage](1, 3.0, 0.15), SETTINGS, 1, 1, 2, LossScale(on))
+        loss, = made.rounds(batch, np.random.RandomState(0))
+        made.finish(clip=0)
+        grads[on] = loss, torch.cat([grad.flatten() for _name, grad in sorted(taken(net).items())])
+    assert grads[True][1].dtype == torch.float32 and abs(grads[True][0] - grads[False][0]) < 1e-2 * grads[False][0]
+    assert float(torch.cosine_similarity(grads[True][1], grads[False][1], dim=0)) > 0.99 and not torch.equal(grads[True][1], grads[False][1])
+
+
 def assert_same(got, want):
     assert sorted(got) == sorted(want)
     scale = max(float(g.abs().max()) for g in want.values())
@@ -341,15 +372,19 @@ def test_images_without_labels_teach_nothing(stage):
 @pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_plan_counts_the_maps_that_a_chunk_brings_along(stage, tiles):
-    """What is held of a real one, in float32; in stage 3 the merged maps, and what they are added to, beside it."""
-    net = seeded(stage)
+    """What is held of a real one, in float32; in stage 3 the merged maps of all images of the batch, those that one is added to, and the
+    deepest maps with their gradients beside it."""
+    net, images = seeded(stage), 3
     if stage == 1:
-        assert Glnet.held(net, tiles, TILE) == 0
+        assert Glnet.held(net, tiles, TILE, images) == 0
         return
-    batch = batch_of(stage, [TileView(Memory(np.random.RandomState(0), 128, 128, TILE, 2), 0, TILE, OVERLAP)], 1)
+    batch = batch_of(stage, [TileView(Memory(np.random.RandomState(0), 128, 128, TILE, 2), 0, TILE, OVERLAP)] * images, 1)
     chunk = batch.chunk([(0, t) for t in range(tiles)], net)
-    kept = list(batch.look(net, 0)) + chunk.others + [chunk.deep] + ([batch._merge(net, 0)] * 2 if stage == 3 else [])
-    assert Glnet.held(net, tiles, TILE) == sum(each.numel() * 4 for each in kept)
+    kept = list(batch.look(net, 0)) + chunk.others + [chunk.deep]
+    if stage == 3:
+        deepest = batch.encoded(net, False, list(range(images)))
+        kept += list(batch._merged.values()) + [batch._merged[0], deepest, deepest]
+    assert Glnet.held(net, tiles, TILE, images) == sum(each.numel() * 4 for each in kept)
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])

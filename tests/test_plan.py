@@ -46,6 +46,14 @@ def test_ladder_goes_down_one_change_at_a_time(change):
     assert notches[-1].recompute == (whole and start.norm != "batch" or start.recompute)
 
 
+@pytest.mark.parametrize("change, patches", [
+    ({"mode": "down"}, [256]), ({"model": "glnet"}, [256]), ({"model": "glnet", "mode": "down"}, [256]), ({"overlap": 100}, [256, 128]),
+    ({"overlap": 128}, [256]), ({"model": "glnet", "mode": "tiled", "overlap": 0}, [256, 128, 64]), ({"model": "mobilenetv2"}, [256, 128, 64])])
+def test_a_smaller_patch_is_one_that_training_would_take(change, patches):
+    """Larger than the overlap; not where images are stored at its size: they are in the store by then."""
+    assert sorted({notch.patch for notch in plan.ladder(config(**change), CPU)}, reverse=True) == patches
+
+
 def test_on_cuda_half_precision_comes_before_the_moments():
     notches = plan.ladder(config(), GPU)
     assert [n.half for n in notches].index(True) < [n.optimizer for n in notches].index("adamw8")
@@ -317,8 +325,10 @@ MACHINE = {"/proc/meminfo": "MemTotal: 1024000 kB\nMemFree: 9 kB\nMemAvailable: 
 
 
 @pytest.mark.parametrize("group, limit, used, kills", [
-    (V1, 400, 100, {"/sys/fs/cgroup/memory/a/b": 3, "/sys/fs/cgroup/memory/a": 0, "machine": 5}),
-    (V2, 400, 100, {"/sys/fs/cgroup/x": 3, "machine": 5}), ({}, 1000, 400, {"machine": 5})])
+    (V1, 400, 100, {"/sys/fs/cgroup/memory/a/b/memory.oom_control": 3}),
+    (dict(V1, **{"/sys/fs/cgroup/memory/a/b/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n", "/proc/vmstat": "nr_free_pages 9\n"}),
+     400, 100, {}),  # Linux 4.9, the Nano's
+    (V2, 400, 100, {"/sys/fs/cgroup/x/memory.events": 3}), ({}, 1000, 400, {"machine": 5})])
 def test_memory_as_the_kernel_says_it(group, limit, used, kills, monkeypatch):
     files = dict(MACHINE, **group)
     monkeypatch.setattr(memory, "read_text", lambda path: files.get(path, ""))

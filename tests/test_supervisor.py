@@ -151,25 +151,57 @@ def test_exit_codes_of_the_child_pass_through(place, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_killed_child_is_started_again(place):
-    process = start(place, *new_run("killed"))
-    os.kill(child_at(place, "killed", 6, process), signal.SIGKILL)
+    name = ".[killed]"  # as good a name as any other
+    process = start(place, *new_run(name))
+    os.kill(child_at(place, name, 6, process), signal.SIGKILL)
     code, text, starts = ended(place, process)
     assert code == 0 and starts == 2, text
     assert "the training was killed; going on from its last checkpoint\n" in text and "smaller" not in text
-    assert micro_batch(place, "killed") == micro_batch(place, "reference")
-    assert_same(place, "killed")
+    assert micro_batch(place, name) == micro_batch(place, "reference")
+    assert_same(place, name)
 
 
-def test_the_folder_of_a_child_is_not_the_link(place, monkeypatch):
-    """In whatever order the file system lists them."""
-    (place / "few" / "ours").mkdir(parents=True)
-    (place / "few" / "ours" / "lock").write_text("77")
-    (place / "few" / "last").symlink_to("ours")
-    real, found = supervisor.glob.glob, []
-    for backwards in (False, True):
-        monkeypatch.setattr(supervisor.glob, "glob", lambda pattern: sorted(real(pattern), reverse=backwards))
-        found.append(os.path.basename(supervisor._folder_of(str(place / "few"), 77)))
-    assert found == ["ours", "ours"]
+def test_what_a_child_is_told_after_it_died(monkeypatch):
+    """It goes on below the levers of the run that it held; one that died before it held the run counts on from the last order."""
+    ends = [(supervisor.RETRY_SMALLER, ""), (supervisor.RETRY_SMALLER, "runs/a"), (supervisor.RETRY_SMALLER, ""), (-signal.SIGKILL, "runs/a"), (0, "")]
+    told, kills = [], iter([{}] * 3 + [{"machine": 1}] * 9)
+    monkeypatch.setattr(supervisor, "_run", lambda words: told.append(words) or ends[len(told) - 1])
+    monkeypatch.setattr(supervisor, "oom_kills", lambda: next(kills))
+    monkeypatch.setattr(supervisor, "_saved", lambda _folder: len(told))  # each gets further
+    assert supervisor.main(["--budget", "4GB", "--width", "8"]) == 0
+    asked, resumed = ["--budget", "4GB", "--width", "8"], ["--resume", "runs/a", "--budget", "4GB"]
+    assert told == [asked, asked + ["--smaller", "1"], resumed + ["--smaller", "1"], resumed + ["--smaller", "2"], resumed + ["--smaller", "0"]]
+
+
+@pytest.mark.slow
+def test_names_beyond_ascii_in_the_c_locale(tmp_path):
+    """As under systemd, which sets no LANG; Python 3.6 then takes files to be called in ASCII."""
+    write_set(tmp_path / "set", count=3, height=128, width=120)
+    (tmp_path / "set" / "images" / "00.png").rename(tmp_path / "set" / "images" / "naïve.png")
+    lines = ["images/%s.png,masks/%02d.png" % (name, at) for at, name in enumerate(("naïve", "01", "02"))]
+    (tmp_path / "set" / "pairs.csv").write_bytes("\n".join(["image,mask"] + lines).encode())
+    process = start(tmp_path, *new_run("c", "--val-share", 0), within=["env", "-u", "LANG", "-u", "LC_CTYPE", "LC_ALL=C"])
+    code, text, _starts = ended(tmp_path, process)
+    assert code == 0, text
+
+
+@pytest.mark.slow
+def test_ctrl_c_beside_a_reader_that_ends_too(place):
+    """`2>&1 | tee log`: the terminal stops both. The training is saved all the same, and says 130."""
+    process = subprocess.Popen([sys.executable, "-m", "train_lite"] + [str(word) for word in new_run("piped")], cwd=str(place), stderr=subprocess.PIPE,
+                               env=dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"))
+    deadline = time.time() + 120
+    while len(logged(place, "piped")) < 5:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    steps = len(logged(place, "piped"))
+    assert ended(place, start(place, "--resume", "runs/piped"))[0] == 0 and 5 <= steps < STEPS
+    assert_same(place, "piped")
+    text = (place / "output.txt").read_text()
+    assert "going on after step %d" % steps in text, text
 
 
 @pytest.mark.slow

@@ -265,6 +265,9 @@ def test_layouts(tmp_path):
     (c / "ImageSets/Segmentation/train.txt").write_text("0\n1\n")
     (c / "ImageSets/Segmentation/val.txt").write_text("2\n")
     assert splits(dataset.find_pairs(str(c))) == {"0": "train", "1": "train", "2": "val"}
+    (c / "ImageSets/Segmentation/val.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(BadFile, match="val.txt cannot be read as text.*UTF-8"):
+        dataset.find_pairs(str(c))
     touch(d, *["Tile %d/%s/part.%s" % (i, k, e) for i in range(1, 5) for k, e in (("images", "jpg"), ("masks", "png"))])
     pairs = dataset.find_pairs(str(d), 0.25)
     assert len({pair.name for pair in pairs}) == 4 and sum(pair.split == "val" for pair in pairs) == 1
@@ -587,3 +590,33 @@ def test_exported_pipeline_gives_the_net_s_answers(tmp_path, model, mode, fusion
     assert abs(got - expected.numpy()).max() < 1e-4
     labels = expected.numpy().argmax(axis=0) if outputs > 1 else (expected.numpy()[0] > 0)
     assert (mask == labels).mean() > 0.999
+
+
+def test_patches_for_frozen_norms_are_drawn_from_all_images(monkeypatch):
+    """The same as from a list of every patch of every image, which is long for a set of large ones."""
+    import torch
+    from train_lite import patches
+    from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
+
+    class Plain:
+        def __init__(self, height, width):
+            self.height, self.width = height, width
+            self.picture, self.labels = (images.ArrayPicture(np.full((height, width) + more, height % 251, np.uint8)) for more in ((3,), ()))
+
+        def overview(self, height, width):
+            return np.zeros((height, width, 3), np.uint8)
+
+    stored = [Plain(40 + 23 * at, 90) for at in range(9)]
+    classes = dataset.Classes(("a", "b"), ((0, 0, 0), (9, 9, 9)), 1, False, ())
+    made = Segmentation(TrainConfig(width=4, patch=32, overlap=0, seed=3, micro_batch=3), classes, stored, [], [], torch.device("cpu"))
+    net = Segmentation.build(made.config, 1, "group")
+    seen, real = [], patches.Batch.chunk
+    monkeypatch.setattr(patches.Batch, "chunk", lambda batch, picks, net: seen.extend(
+        (batch.views[v].height, batch.views[v].width, t) for v, t in picks) or real(batch, picks, net))
+    forward = made.calibrate(net)
+    with torch.no_grad():
+        forward()
+    rng = np.random.RandomState(3)
+    views = [View(one, int(rng.randint(8)), 32) for one in stored]
+    every = [(view.height, view.width, t) for view in views for t in range(len(view.boxes))]
+    assert seen == [every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES]] and len(seen) == 32

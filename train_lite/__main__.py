@@ -3,7 +3,6 @@
 This process holds no torch. It starts the training (train_lite.run) and goes on with it from its last checkpoint when it
 is killed, one notch smaller when that was for want of memory."""
 import ctypes
-import glob
 import os
 import signal
 import subprocess
@@ -11,8 +10,8 @@ import sys
 
 from edge.command import guarded, parse, say
 from edge.errors import OverBudget
-from jetson.memory import oom_kills, read_text
-from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check
+from jetson.memory import oom_kills
+from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, RUN_PIPE, TrainConfig, check
 
 FRUITLESS = 3        # times in a row that a training may be killed without a new checkpoint before we give up
 FRUITLESS_SHORT = 7  # the same when memory was short: it has that many notches to go down
@@ -25,10 +24,10 @@ def main(argv):
     words, folder, smaller, fruitless, progress = argv, config.resume, config.smaller, 0, None
     while True:
         kills = oom_kills()
-        pid, code = _run(words)
+        code, held = _run(words)
         if code not in (RETRY_SMALLER, -signal.SIGKILL):
             return code if code >= 0 else 128 - code
-        folder = _folder_of(config.out, pid) or folder
+        folder = held or folder
         short = code == RETRY_SMALLER or not kills or oom_kills() != kills
         saved = _saved(folder)
         fruitless, progress = fruitless + 1 if saved == progress else 1, saved
@@ -37,42 +36,49 @@ def main(argv):
                 "ran out of memory" if short else "was killed", fruitless,
                 "Go on by hand: python -m train_lite --resume %s" % folder if folder else
                 "See what takes the memory: python -m jetson doctor; then type the command again"))
-        if folder:  # its config.json holds the levers it ran with: one below those
-            words = ["--resume", folder, "--smaller", str(int(short))] + [w for w in argv if w in ("--json", "--debug")]
-        else:
-            smaller += int(short)
-            words = argv + ["--smaller", str(smaller)]
+        smaller = (0 if held else smaller) + int(short)  # the config.json of a run that was held has the levers it ran with
+        words = ["--resume", folder] + _own_words(config) if folder else argv
+        words = words + ["--smaller", str(smaller)]
         say("the training %s; %s%s" % (
             "ran out of memory" if code == RETRY_SMALLER else "was killed by the kernel, for want of memory" if short
             else "was killed", "going on from its last checkpoint" if folder else "starting again",
             ", one notch smaller" if short else ""))
 
 
+def _own_words(config):
+    """The flags that a command which goes on with a run may have."""
+    return (["--budget", config.budget] if config.budget else []) + [flag for flag, on in (("--json", config.json), ("--debug", config.debug)) if on]
+
+
 def _run(words):
-    """Train in a child until it ends. Returns (pid, exit code; negative: the signal that killed it)."""
+    """Train in a child until it ends. Returns (exit code; negative: the signal that killed it, the run folder that it held last, '' when
+    it did not get so far)."""
     libc = ctypes.CDLL(None)
 
     def prepare():
         os.setpgid(0, 0)           # Ctrl-C in a terminal reaches us only; we pass it on, once
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no training without its supervisor
 
-    child = subprocess.Popen([sys.executable, "-m", "train_lite.run"] + words, preexec_fn=prepare)
+    reading, writing = os.pipe()
+    env = dict(os.environ, **{RUN_PIPE: str(writing)})
+    if sys.getfilesystemencoding() == "ascii":  # Python 3.6 in the C locale, as under systemd: files of other names are not found
+        env["LC_ALL"] = "C.UTF-8"
+    child = subprocess.Popen([sys.executable, "-m", "train_lite.run"] + words, preexec_fn=prepare, pass_fds=[writing], env=env)
+    os.close(writing)
     before = [(number, signal.signal(number, lambda got, _frame: child.send_signal(got)))
               for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # ignored: nohup
     try:
-        return child.pid, child.wait()
+        code = child.wait()
+        os.set_blocking(reading, False)  # what it left running may hold the other end
+        said = os.read(reading, 1 << 16)
+    except BlockingIOError:
+        said = b""
     finally:
+        os.close(reading)
         for number, handler in before:
             signal.signal(number, handler)
-
-
-def _folder_of(out, pid):
-    """The run folder that the process `pid` made and held, '' when it did not get so far."""
-    for lock in glob.glob(os.path.join(out, "*", "lock")):
-        if read_text(lock).strip() == str(pid) and not os.path.islink(os.path.dirname(lock)):  # not `last`
-            return os.path.dirname(lock)
-    return ""
+    return code, os.fsdecode(said).rpartition("\0")[0].rpartition("\0")[2]
 
 
 def _saved(folder):

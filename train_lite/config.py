@@ -11,6 +11,7 @@ PLAIN = ("unet", "deeplabv3")
 GLNETS = ("glnet", "glnet-mobilenetv2")
 DENSE = PLAIN + GLNETS  # a class for every pixel
 LAST_STRIDE = {"detection": 128, "glnet": 32}  # px between the cells of a net's last level; 16 of others
+RUN_PIPE = "NANOPATCH_RUN_PIPE"  # names the file descriptor by which train_lite.run tells its supervisor of the run it holds
 RETRY_SMALLER = 75  # exit code between train_lite.run and its supervisor: out of memory, go on one notch smaller
 
 
@@ -192,7 +193,8 @@ CHOICES = {
 }
 
 OF_MODELS = {"head": CLASSIFIERS, "max_boxes": DETECTORS, "stage": GLNETS, "base": GLNETS, "coarse": GLNETS, "focal": GLNETS, "feature": GLNETS,
-             "classes": DENSE, "ignore": DENSE, "overlap": DENSE, "dice": PLAIN}  # flags that only these take
+             "classes": DENSE, "ignore": DENSE, "overlap": DENSE, "dice": PLAIN, "fill": PLAIN,
+         **dict.fromkeys(("gradient", "global_patch", "patches", "inner", "draw"), PLAIN + CLASSIFIERS + DETECTORS)}  # flags that only these take
 
 
 def check(config):
@@ -245,6 +247,12 @@ def check(config):
                          % (config.coarse, config.stage, config.stage.replace("3", "") or "2"))
     if config.model in GLNETS and config.mode == "full":
         raise UsageError("--mode full and --model %s: its two baselines are --mode down, whole images, and --mode tiled, tiles" % config.model)
+    if config.coarse and config.mode != "patch":
+        raise UsageError("--coarse %g and --mode %s: proposals come from whole images and are for the tiles beside them; leave one out"
+                         % (config.coarse, config.mode))
+    if config.base and stage(config) == 1:
+        raise UsageError("--base %s: %s begins from nothing; the net of a base goes on in --stage 23, 2 or 3"
+                         % (config.base, "--stage %s" % config.stage if config.mode == "patch" else "--mode %s" % config.mode))
     if config.model in GLNETS and stage(config) > 1 and not config.base:
         raise UsageError("--stage %s begins with the net of stage %d: name its run folder, --base runs/train/NAME, or train all of "
                          "them, --stage 123" % (config.stage, stage(config) - 1))

@@ -209,8 +209,11 @@ def _voc_splits(data, pairs):
     for split in SPLITS:
         path = os.path.join(lists, split + ".txt")
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as handle:
-                named.update((line.strip(), split) for line in handle if line.strip())
+            try:
+                with open(path, encoding="utf-8-sig") as handle:
+                    named.update((line.strip(), split) for line in handle if line.strip())
+            except (OSError, UnicodeDecodeError) as exc:
+                raise BadFile("%s cannot be read as text: %s; expected one image name per line, in UTF-8" % (path, exc)) from exc
     raise_all(["%s (%s.txt)" % (n, s) for n, s in sorted(named.items()) if n not in {p.name for p in pairs}],
               "%s lists images that have no image or mask file" % lists, "Add the files, or take the names off the lists.")
     return [pair._replace(split=named[pair.name]) for pair in pairs if pair.name in named]

@@ -93,9 +93,8 @@ class Detection(Problem):
 
     def calibrate(self, net):
         rng = np.random.RandomState(self.config.seed)
-        batch = BoxBatch([BoxView(stored, 0, self.tile) for stored in self.train], self.side, self.device)
-        every = batch.every_patch()
-        picks = [every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES]]
+        views, picks = self.drawn(rng, [0] * len(self.train), CALIBRATION_PATCHES)
+        batch = self.views_to_batch(views, rng, 0, 0)
         return lambda: [net.encoder(batch.chunk([pick]).pixels) for pick in picks]
 
     def boxes(self, net, stored, rules):

@@ -235,9 +235,12 @@ class Glnet(Segmentation):
         self.stage = stage(self.config)
 
     @staticmethod
-    def find(config, data):
-        if stage(config) > 1 and not config.resume:
+    def demand(config):
+        if stage(config) > 1:
             demand_base(config)
+
+    @staticmethod
+    def find(config, data):
         pairs, classes = Segmentation.find(config, data)
         if config.coarse and classes.outputs != 1:
             raise UsageError("--coarse %g: proposals are for sets of one class and background; this one has %d classes. Leave --coarse "
@@ -275,13 +278,14 @@ class Glnet(Segmentation):
         return loss.rows([branch.classify(deep), net.fuse_local(deep) + net.fuse_deep(deep)], labels).sum()
 
     @staticmethod
-    def held(net, tiles, px):
-        """Maps of the whole image and their crops; in stage 3 the tiles' maps too, and what they are merged from."""
+    def held(net, tiles, px, images):
+        """Maps of the whole image and their crops; in stage 3, of every image of the batch, what its tiles' maps are merged to, and the
+        deepest map with its gradient."""
         if isinstance(net, glnet.Alone):
             return 0
         deep = net.local.classify.in_channels * (px // 4) ** 2
         maps = sum(count * (px // stride) ** 2 for count, stride in zip(net.channels, sharing.STRIDES))
-        return 4 * ((1 + tiles) * (maps + deep) + (2 * maps if net.whole else 0))
+        return 4 * ((1 + tiles) * (maps + deep) + ((images + 1) * maps + 2 * images * deep if net.whole else 0))
 
     def views_to_batch(self, views, _rng, _epoch, _number):
         if self.stage > 1:

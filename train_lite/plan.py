@@ -49,8 +49,9 @@ class Levers(NamedTuple):
 
 def ladder(config, device):
     """All Levers from the config's own to the smallest, each one notch smaller than the one before. A patch is not made
-    smaller once training has begun, in this run or in the one that it goes on from."""
-    whole = not mode_settings(config).tile
+    smaller once training has begun, in this run or in the one that it goes on from, nor where images are stored at its size."""
+    settings = mode_settings(config)
+    whole = not settings.tile
     notches = [Levers(micro_batch(config), config.half, config.tight, config.recompute, config.optimizer,
                       0 if whole else config.patch)]
 
@@ -69,8 +70,10 @@ def ladder(config, device):
     if config.optimizer == "adamw":
         lower(optimizer="adamw8")
     step = patch_step(config.model)
-    while not whole and not config.resume and not config.base and notches[-1].patch // (2 * step) * step >= LEAST_PATCH:
-        lower(patch=notches[-1].patch // (2 * step) * step)
+    patch = 0 if whole or config.resume or config.base else config.patch // (2 * step) * step
+    while patch >= LEAST_PATCH and patch > settings.overlap and mode_settings(config._replace(patch=patch)).resize_px == settings.resize_px:
+        lower(patch=patch)
+        patch = patch // (2 * step) * step
     return notches
 
 
@@ -83,7 +86,7 @@ class Look:
     """The net that a config asks for, as far as memory goes. Building it and counting, on the CPU, take a second or less."""
 
     def __init__(self, config, outputs, device, unseen):
-        self._task, self.outputs, self._counted = task(config), outputs, {}
+        self._task, self.outputs, self._counted, self._images = task(config), outputs, {}, config.batch
         small = self._task.build(config._replace(width=4, sampler="none"), 1, config.norm)
         self._task.probe(small, 1, 1, PROBE_PX).backward()  # loads what torch loads late
         self.libraries = (rss_mib() or 0.0) + unseen + SUPERVISOR_MIB
@@ -106,7 +109,7 @@ class Look:
 
     def held(self, tiles):
         """MiB that `tiles` tiles of PROBE_PX bring along."""
-        return self._task.held(self.net, tiles, PROBE_PX) / MIB
+        return self._task.held(self.net, tiles, PROBE_PX, self._images) / MIB
 
 
 def _kept(net, forward):

@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 
+from edge.tiles import plan
 from train_lite import evaluate
 from train_lite.config import GLNETS, micro_batch, mode_settings, task_of, whole_side
 from train_lite.gradient import Gradient
@@ -51,6 +52,10 @@ class Problem:
         self.freeze_step = int(round(freeze_at * self.steps))
 
     @staticmethod
+    def demand(_config):
+        """Raise UsageError when what a new run begins with is not there."""
+
+    @staticmethod
     def overview(settings):
         """(height, width) px of the overviews that the store keeps; () for none."""
         return (settings.tile, settings.tile) if settings.fusion != "none" else ()
@@ -61,8 +66,8 @@ class Problem:
         return net.encoder(torch.zeros(count, 3, px, px)).sum()
 
     @staticmethod
-    def held(_net, _count, _px):
-        """Bytes that a chunk of as many patches brings along, besides what autograd keeps of it."""
+    def held(_net, _count, _px, _images):
+        """Bytes that a chunk of as many patches of a batch of as many images brings along, besides what autograd keeps of it."""
         return 0
 
     def words(self):
@@ -78,6 +83,16 @@ class Problem:
         views = [self.view(self.train[i], self.turns[int(rng.randint(len(self.turns)))] if config.augment else 0, self.tile)
                  for i in order[number * config.batch:(number + 1) * config.batch]]
         return self.views_to_batch(views, rng, epoch, number), rng
+
+    def drawn(self, rng, turned, count):
+        """`count` patches drawn from all training images, image i turned by turned[i]: (views of their images, picks of these). A list of
+        all patches of many large images would take hundreds of MB."""
+        stops = np.cumsum([1 if self.settings.task else len(plan(s.height, s.width, self.tile).boxes()) for s in self.train])
+        chosen = rng.permutation(int(stops[-1]))[:count]
+        images = np.searchsorted(stops, chosen, side="right")
+        used = sorted(set(images))
+        picks = [(used.index(image), int(patch - (stops[image - 1] if image else 0))) for image, patch in zip(images, chosen)]
+        return [self.view(self.train[image], turned[image], self.tile) for image in used], picks
 
     @staticmethod
     def later(_config):

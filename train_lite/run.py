@@ -50,6 +50,8 @@ def _train(config, run, device):
     """Returns the config of the training that follows, or None."""
     from train_lite import loop, state
     from train_lite.problem import task
+    if not config.resume:
+        task(config).demand(config)
     pairs, classes = task(config).find(config, config.data)  # no pairs without --data; refuses a task that has no demo set
     candidates, allowed = _plan(config, pairs, classes, device)
     if config.plan:
@@ -62,14 +64,15 @@ def _train(config, run, device):
     if config.resume:
         run.hold()
         run.keep(config)
+        run.announce()
         start = state.State.load(run.last, problem) if checkpoint.exists(run.last) else state.new(problem)
         run.rewind(start.step, start.epoch)
         say("going on after step %d" % start.step if start.step else "no checkpoint was written yet: starting again")
     else:
         start = state.new(problem)
         how = config.mode if config.sampler == "none" else config.sampler
-        run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.normpath(data)).replace(".csv", ""), how))
-        run.hold()
+        run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.abspath(data)).replace(".csv", ""), how))
+        run.announce()
     run.point_last()
     _describe(problem, start, run)
     began, again = time.time(), start.epoch >= config.epochs

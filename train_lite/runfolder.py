@@ -9,6 +9,7 @@ import time
 from edge.command import written
 from edge.errors import UsageError
 from train_lite import pictures
+from train_lite.config import RUN_PIPE
 
 COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "peak_mib")  # of every task; then come its own
 
@@ -25,12 +26,15 @@ class RunFolder:
 
     @classmethod
     def create(cls, config, title):
-        """A new folder for `config`. Raises UsageError when its name is taken."""
-        name = config.name or "%s-%s" % (title, time.strftime("%Y%m%d-%H%M%S"))
-        run = cls(os.path.join(config.out, name))
+        """A new folder for `config`, held. Raises UsageError when its name is taken."""
+        run = cls(os.path.join(config.out, config.name or _dated(title)))
+        while not config.name and os.path.exists(run.path):  # by one that began in this second
+            time.sleep(0.1)
+            run = cls(os.path.join(config.out, _dated(title)))
         if os.path.exists(run.config):
             raise UsageError("the run %s exists. Go on with it: --resume %s, or take another --name" % (run.path, run.path))
         os.makedirs(os.path.join(run.path, "samples"), exist_ok=True)
+        run.hold()
         run.keep(config)
         return run
 
@@ -47,11 +51,16 @@ class RunFolder:
         except OSError as exc:
             raise UsageError("another process is training in %s; wait for it, or stop it first" % self.path) from exc
         self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))  # so that the supervisor knows its child's run
+        self._lock.write(str(os.getpid()))  # for who wonders which process it is
         self._lock.flush()
         for name in os.listdir(self.path):  # what a killed process was writing
             if name.endswith(".part"):
                 os.remove(os.path.join(self.path, name))
+
+    def announce(self):
+        """Tell the supervisor, where there is one, which run it goes on with should this process die."""
+        if RUN_PIPE in os.environ:
+            os.write(int(os.environ[RUN_PIPE]), os.fsencode(self.path) + b"\0")
 
     def release(self):
         """Let others in."""
@@ -106,3 +115,7 @@ class RunFolder:
 
     def sample(self, name):
         return os.path.join(self.path, "samples", name.replace("/", "_") + ".png")
+
+
+def _dated(title):
+    return "%s-%s" % (title, time.strftime("%Y%m%d-%H%M%S"))

@@ -84,13 +84,13 @@ class Segmentation(Problem):
         """A function without arguments that runs training patches through `net`, chunk by chunk."""
         rng = np.random.RandomState(self.config.seed)
         turns = 1 if self.sampler else 8
-        views = [View(stored, int(rng.randint(turns)), self.tile) for stored in self.train]
-        batch = WarpBatch(views, self.sampler, 0, self.device) if self.sampler else Batch(views, self.side, self.device)
-        every = batch.every_patch()
+        turned = [int(rng.randint(turns)) for _ in self.train]
         # two whole images (--mode full) hold as many pixels as 128 patches of 128 px of 1024 px images
         count, chunk = (CALIBRATION_PATCHES, micro_batch(self.config)) if self.settings.tile or self.sampler else (2, 1)
-        picks = [every[i] for i in rng.permutation(len(every))[:count]]
-        overviews = [Batch([view], self.side, self.device) for view in views[:CALIBRATION_PATCHES // 8]]
+        views, picks = self.drawn(rng, turned, count)
+        batch = WarpBatch(views, self.sampler, 0, self.device) if self.sampler else Batch(views, self.side, self.device)
+        overviews = [Batch([View(stored, turn, self.tile)], self.side, self.device)
+                     for stored, turn in list(zip(self.train, turned))[:CALIBRATION_PATCHES // 8]]
 
         def forward():
             for first in range(0, len(picks), chunk):
