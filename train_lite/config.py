@@ -194,7 +194,7 @@ CHOICES = {
 
 OF_MODELS = {"head": CLASSIFIERS, "max_boxes": DETECTORS, "stage": GLNETS, "base": GLNETS, "coarse": GLNETS, "focal": GLNETS, "feature": GLNETS,
              "classes": DENSE, "ignore": DENSE, "overlap": DENSE, "dice": PLAIN, "fill": PLAIN,
-         **dict.fromkeys(("gradient", "global_patch", "patches", "inner", "draw"), PLAIN + CLASSIFIERS + DETECTORS)}  # flags that only these take
+             **dict.fromkeys(("gradient", "global_patch", "patches", "inner", "draw"), PLAIN + CLASSIFIERS + DETECTORS)}  # flags that only these take
 
 
 def check(config):
@@ -242,14 +242,14 @@ def check(config):
         if value != getattr(TrainConfig(), name) and config.model not in models and (name, value) != ("overlap", 0):
             raise UsageError("--%s %s and --model %s: that is a flag for %s. Leave it out"
                              % (name.replace("_", "-"), value, config.model, ", ".join(models)))
+    if config.coarse and config.mode != "patch":
+        raise UsageError("--coarse %g and --mode %s: proposals come from whole images and are for the tiles beside them; leave one out"
+                         % (config.coarse, config.mode))
     if config.coarse and "3" in config.stage:
         raise UsageError("--coarse %g and --stage %s: whole images that see their tiles' maps need all tiles; take --stage %s"
                          % (config.coarse, config.stage, config.stage.replace("3", "") or "2"))
     if config.model in GLNETS and config.mode == "full":
         raise UsageError("--mode full and --model %s: its two baselines are --mode down, whole images, and --mode tiled, tiles" % config.model)
-    if config.coarse and config.mode != "patch":
-        raise UsageError("--coarse %g and --mode %s: proposals come from whole images and are for the tiles beside them; leave one out"
-                         % (config.coarse, config.mode))
     if config.base and stage(config) == 1:
         raise UsageError("--base %s: %s begins from nothing; the net of a base goes on in --stage 23, 2 or 3"
                          % (config.base, "--stage %s" % config.stage if config.mode == "patch" else "--mode %s" % config.mode))
