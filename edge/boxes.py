@@ -141,14 +141,19 @@ class Level:
         return cells, inside
 
 
+def demand_finite(scores):
+    """Raise BadFile for scores that say nothing."""
+    if not np.isfinite(scores).all():
+        raise BadFile("the net's scores are no finite numbers. Train again with a smaller --lr, or build the engine without --fp16")
+
+
 def detect(picture, recipe, rules, encode, head, lap=lambda stage: None, pixels=None):
     """The boxes in a picture: (n, 6) float64, x0, y0, x1, y1 px of the picture, score 0..1, class id; the best first.
     rules: Rules; the rest as of windows()."""
     height, width = images.fitted_size(picture.height, picture.width, recipe.resize, recipe.resize_px)
     found = [np.zeros((0, 6)) for _stride in STRIDES]
     for level, y, x, scores in windows(picture, recipe, encode, head, lap, pixels):
-        if not np.isfinite(scores).all():
-            raise BadFile("the net's scores are no finite numbers. Train again with a smaller --lr, or build the engine without --fp16")
+        demand_finite(scores)
         more = decoded(scores, level, y, x, rules.score)
         if len(more):
             found[level] = best(np.concatenate([found[level], more]), rules.level)

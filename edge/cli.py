@@ -11,7 +11,7 @@ from edge.command import banner, guarded, parse, say
 from edge.errors import UsageError
 from edge.pressure import MODES
 from edge.pressure import check as check_pressure
-from edge.sinks import Sinks, is_film, is_page, lines_beside
+from edge.sinks import ENDINGS, Sinks, is_film, is_page, kept_apart, lines_beside
 from edge.sources import open_source, stills, uri
 from jetson import phases
 
@@ -121,17 +121,26 @@ def check(config):
 
 
 def check_not_input(config):
-    """Raise UsageError where the file to be written is one that is read."""
+    """Raise UsageError where a file to be written is one that is read."""
     place, stem = uri.parse(config.input), os.path.splitext(config.output)[0]
-    written = [config.output] if is_film(config.output) else [
-        config.output, stem + ".overlay.png", stem + ".samples.png"] if config.output.endswith(".png") else []
-    written = [path for path in written if os.path.exists(path)]
-    if not written or place.kind not in ("file", "stills"):
+    if place.kind not in ("file", "stills"):
         return
-    read = [path for path in (stills.find_files(place.where) if place.kind == "stills" else [place.where]) if os.path.exists(path)]
-    lost = [path for path in written if any(os.path.samefile(path, other) for other in read)]
+    read = stills.find_files(place.where) if place.kind == "stills" else [place.where]
+    if os.path.isdir(config.output):  # others are new
+        written = [os.path.join(config.output, frame.name + ending) for frame in stills.from_files(read) for ending in ENDINGS]
+    else:
+        written = [config.output] if is_film(config.output) else [
+            config.output] + [stem + ending for ending in ENDINGS[1:]] if config.output.endswith(".png") else []
+    inputs = {_identity(path) for path in read}
+    lost = [path for path in written if os.path.exists(path) and _identity(path) in inputs]
     if lost:
-        raise UsageError("--output %s: %s is the input itself, which would be lost; give another name" % (config.output, lost[0]))
+        raise UsageError("--output %s: %s is an input itself, which would be lost; give another name" % (config.output, lost[0]))
+
+
+def _identity(path):
+    """What two names of one file have in common."""
+    found = os.stat(path) if os.path.exists(path) else None
+    return (found.st_dev, found.st_ino) if found else path
 
 
 def source_options(config):
@@ -158,18 +167,21 @@ def live_page(config, source, pipeline):
 
 @contextlib.contextmanager
 def ends_cleanly():
-    """SIGTERM leaves as an exception with code 143, so that cameras are let go and files closed."""
-    def leave(_number, _frame):
-        sys.exit(143)
+    """SIGTERM, and SIGHUP of a terminal that closes, leave as an exception with code 143 or 129, so that cameras are let go and files
+    closed."""
+    def leave(number, _frame):
+        sys.exit(128 + number)
     try:
-        before = signal.signal(signal.SIGTERM, leave)
+        before = [(number, signal.signal(number, leave)) for number in (signal.SIGTERM, signal.SIGHUP)
+                  if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN]  # ignored: nohup
     except ValueError:  # not the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 @guarded
@@ -196,6 +208,8 @@ def main(argv):
     backend = backends.choose(config.backend, model)
     if config.write_service:
         return service.write(config, hidden)
+    if service.is_ours() and is_film(config.output):
+        config = config._replace(output=kept_apart(config.output))
     banner("edge-run", backend.DEVICE, backend.describe())
     phases.mark("load")
     limit = config.frames or (10 if config.input.startswith("synthetic://") else 0)
@@ -212,13 +226,13 @@ def main(argv):
         health = source.health()  # what was dropped at the end counts too
     film = {"frames": sinks.recorder.frames, "error": sinks.recorder.error} if sinks.recorder else None
     say("%d frame%s done, %d failed%s%s" % (
-        done, "" if done == 1 else "s", len(failed), ", %(dropped)d dropped, %(restarts)d restarts" % health if health else "",
+        done, "" if done == 1 else "s", failed.count, ", %(dropped)d dropped, %(restarts)d restarts" % health if health else "",
         "" if config.output == "-" or is_page(config.output) else ", results in %s" % config.output if not film else
         ", results in %s, %d frames of video in %s" % (lines_beside(config.output), film["frames"], config.output)))
     if config.json:
-        said = {"frames": done, "failed": failed, "output": config.output, "health": health, "recording": film}
+        said = {"frames": done, "failed": failed.first, "output": config.output, "health": health, "recording": film}
         print(json.dumps({name: value for name, value in said.items() if value is not None}))
-    return 5 if failed or film and film["error"] else 0
+    return 5 if failed.count or film and film["error"] else 0
 
 
 def _update(config):
@@ -237,7 +251,9 @@ def _update(config):
 def _list_sources(config):
     from edge.sources import cameras
     found = cameras.list_cameras()
-    print(json.dumps({"cameras": found}) if config.json else cameras.as_text(found))
+    text = json.dumps({"cameras": found}) if config.json else cameras.as_text(found)
+    coding = sys.stdout.encoding or "ascii"  # a camera may be called what this terminal cannot show
+    print(text.encode(coding, "replace").decode(coding))
     return 0
 
 

@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, quote
 import numpy as np
 from PIL import Image
 
-from edge import images
+from edge import images, service
 from edge.command import say, without_secrets
 from edge.errors import UsageError
 from jetson import board, memory
@@ -44,6 +44,7 @@ RATE_FRAMES = 20      # over which frames per second are counted
 STALL_S = 10.0        # a viewer that takes nothing for so long is let go
 SEND_BYTES = 1 << 17  # that wait in the kernel for a viewer: what is older than a few pictures is of no use
 TOKEN, TOKEN_LENGTH = "NANOPATCH_TOKEN", 16
+NETWORK_S, LISTEN_PAUSE_S = 60.0, 1.0  # how long a service waits for its address, and between two tries
 BOUNDARY = b"--nanopatch\r\n"
 KNOWN = {"schema_version", "frame", "source", "error", "capture_time_s", "done_time_s", "health", "height", "width", "mask",
          "overlay", "samples", "area", "boxes", "latency_ms"}  # of a result line; what else there is, the page shows as it stands
@@ -242,18 +243,28 @@ def _own_name():
 
 
 def _listen(address, host, port, live):
-    try:
-        return _Server(host, port, live)
-    except (OSError, UnicodeError) as exc:  # UnicodeError: no name of a host
-        number = getattr(exc, "errno", None)
-        if number == errno.EADDRINUSE:
-            cure = "port %d is in use. Take another: http://%s:%d" % (port, host, port + 1 if port < 65535 else PORT)
-        elif number in (errno.EACCES, errno.EPERM):
-            cure = "ports below 1024 need more rights. Take another: http://%s:%d" % (host, PORT)
-        else:
-            cure = ("%s is no address of this machine (%s). Take http://127.0.0.1:%d, or http://0.0.0.0:%d for the whole network"
-                    % (host, getattr(exc, "strerror", None) or exc, port, port))
-        raise UsageError("no live page at %s: %s" % (address, cure)) from exc
+    until_s = time.monotonic() + (NETWORK_S if service.is_ours() else 0)  # at boot the network may come after us
+    while True:
+        try:
+            return _Server(host, port, live)
+        except (OSError, UnicodeError) as exc:  # UnicodeError: no name of a host
+            number = getattr(exc, "errno", None)
+            if number not in (errno.EADDRNOTAVAIL, errno.EADDRINUSE) or time.monotonic() > until_s:
+                raise _no_page(address, host, port, exc) from exc
+        time.sleep(LISTEN_PAUSE_S)
+
+
+def _no_page(address, host, port, exc):
+    """The UsageError of an address where no page can be."""
+    number = getattr(exc, "errno", None)
+    if number == errno.EADDRINUSE:
+        cure = "port %d is in use. Take another: http://%s:%d" % (port, host, port + 1 if port < 65535 else PORT)
+    elif number in (errno.EACCES, errno.EPERM):
+        cure = "ports below 1024 need more rights. Take another: http://%s:%d" % (host, PORT)
+    else:
+        cure = ("%s is no address of this machine (%s). Take http://127.0.0.1:%d, or http://0.0.0.0:%d for the whole network"
+                % (host, getattr(exc, "strerror", None) or exc, port, port))
+    return UsageError("no live page at %s: %s" % (address, cure))
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):

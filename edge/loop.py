@@ -16,7 +16,8 @@ from edge.sources.uri import Options
 from jetson import phases
 
 SCHEMA_VERSION = 4  # of a line of results.jsonl
-STATUS_S = 10       # between two lines about a video
+STATUS_S = 10       # between two lines about a video, or about the same failure
+FAILURES_KEPT = 100  # messages, for --json
 STAGES = ("read", "prepare", "look", "sample", "run", "blend", "stitch", "decode", "unwarp", "write")
 
 
@@ -47,6 +48,22 @@ class Stopwatch:
         self.ms[stage] = self.ms.get(stage, 0.0) + (now - self._last) * 1000
         self._last = now
         service.alive()
+
+
+class Failures:
+    """Frames without a result: .count of them, and what was wrong with the .first ones. A camera may go on failing for weeks."""
+
+    def __init__(self):
+        self.count, self.first, self._last, self._said_s = 0, [], None, None
+
+    def add(self, text):
+        """Count it, and say it: the same again now and then only."""
+        self.count += 1
+        if len(self.first) < FAILURES_KEPT:
+            self.first.append(text)
+        if text != self._last or time.monotonic() - self._said_s >= STATUS_S:
+            self._last, self._said_s = text, time.monotonic()
+            say("error: %s" % text)
 
 
 def steps(source, pipeline, sinks, pressure):
@@ -89,14 +106,12 @@ def pressure_on(source, pipeline, *options):
 
 
 def run(source, pipeline, sinks, pressure):
-    """All of `source` through the pipeline into the sinks. Returns (frames done, list of error messages, health of the
-    source or None)."""
-    done, failed, health, last_s = 0, [], None, None
+    """All of `source` through the pipeline into the sinks. Returns (frames done, Failures, health of the source or None)."""
+    done, failed, health, last_s = 0, Failures(), None, None
     for frame, line in steps(source, pipeline, sinks, pressure):
         health = frame.health
         if line["error"]:
-            failed.append(line["error"])
-            say("error: %s" % line["error"])
+            failed.add(line["error"])
             continue
         done += 1
         if health and last_s is not None and time.monotonic() - last_s < STATUS_S:

@@ -234,6 +234,7 @@ class Classifier(Segmenter):
     def shares(self, picture, lap=lambda stage: None):
         """(C,) float: how likely each class is."""
         (_y0, found), = self.score_bands(picture, lap)
+        boxes.demand_finite(found)
         powers = np.exp(found[:, 0, 0] - found.max())
         lap("decode")
         return powers / powers.sum()

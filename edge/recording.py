@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from edge.command import say
-from edge.errors import BadFile
+from edge.errors import BadFile, DecoderExit
 from edge.sources import child, faults, pipelines
 from jetson import board
 
@@ -43,6 +43,8 @@ class Recorder:
                 raise BadFile("a frame is %dx%d, but sides of a video are %d to %d px; give a folder as --output"
                               % (width, height, SHORTEST_SIDE_PX, LONGEST_SIDE_PX))
             self._start(height, width, rate)
+            if self.error:
+                return None
         elif self._size != (height, width):
             raise BadFile("a frame is %dx%d, but the video %s began with %dx%d. Video can be scaled: --input-width and "
                           "--input-height; or give a folder as --output" % ((width, height, self.path) + self._size[::-1]))
@@ -54,7 +56,10 @@ class Recorder:
         self._bytes = np.zeros(even[0] * stride, np.uint8)
         self._pixels = np.ndarray(even + (3,), np.uint8, self._bytes, strides=(stride, 3, 1))
         rate = self._rate or (rate if rate and rate <= FASTEST_RATE else RATE)
-        self._feed = child.Feed(pipelines.recording(self.path, even[1], even[0], rate, self._elements))
+        try:
+            self._feed = child.Feed(pipelines.recording(self.path, even[1], even[0], rate, self._elements))
+        except DecoderExit as exc:
+            return self._stop(str(exc))
         self._size = (height, width)
 
     def commit(self):

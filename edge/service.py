@@ -11,6 +11,7 @@ import time
 
 from edge.command import say
 from edge.errors import UsageError
+from edge.sinks import is_film, is_page
 from edge.sources import uri
 from jetson import memory
 
@@ -21,7 +22,8 @@ RESTART_S = 2        # what Argus needs to let go of a sensor
 STOP_S = 20          # to end videos and let go of cameras
 RESERVE_MIB = 512    # of the machine's memory that the service may not have: kernel, ssh, journal, nvargus-daemon
 UNIT, INPUT_FILE, INPUT_VARIABLE = "/etc/systemd/system/edge-run.service", "/etc/edge-run.env", "NANOPATCH_INPUT"
-NOT_AGAIN = "2 7"    # wrong usage and an engine of another device do not change by trying again; all else may
+NOT_AGAIN = "2 7"    # wrong usage and an engine of another device do not change by trying again; all else may,
+NOT_AGAIN_FILES = "2 5 7"  # but not damaged files
 PLAIN = re.compile(r"^[\w@+=:,./-]+$", re.ASCII)
 
 _last_beat_s = [-BEAT_S]
@@ -36,7 +38,7 @@ def notify(*lines):
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.sendto("\n".join(line.replace("\n", " ") for line in lines).encode(), socket.MSG_DONTWAIT, address)
+            sender.sendto("\n".join(line.replace("\n", " ") for line in lines).encode("utf-8", "replace"), socket.MSG_DONTWAIT, address)
     except OSError:
         pass  # the next one may arrive; without any the watchdog acts
 
@@ -48,6 +50,11 @@ def alive():
     if now_s - _last_beat_s[0] >= BEAT_S:
         _last_beat_s[0] = now_s
         notify("WATCHDOG=1")
+
+
+def is_ours():
+    """Whether a service manager started this process."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
 
 
 @contextlib.contextmanager
@@ -117,12 +124,20 @@ def check_output(output):
                          % (output, folder, os.path.join(os.path.expanduser("~"), "edge")))
 
 
+def is_seen(config):
+    """Whether there is a live page that other machines see."""
+    from edge.live import LOOPBACK, parse_address  # a server costs nothing where there is none
+    address = config.live or config.output
+    return is_page(address) and parse_address(address)[0].lower() not in LOOPBACK
+
+
 def unit(config, hidden, machine=None, root="/"):
     """Text of the unit that runs edge-run as `config` says, an EdgeConfig with absolute paths. hidden: the input is read from
     INPUT_FILE. machine: of os.uname(), such as 'aarch64'. Raises UsageError."""
     kind = uri.parse(config.input).kind
     words = words_of(config, ("write_service", "memory_max", "update") + (("input",) if hidden else ()))
-    wants = {"csi": "nvargus-daemon.service", "rtsp": "network-online.target"}.get(kind)
+    seen = is_seen(config)
+    wants = " ".join(["nvargus-daemon.service"] * (kind == "csi") + ["network-online.target"] * (kind == "rtsp" or seen))
     environment = [("PYTHONPATH", os.environ.get("PYTHONPATH")), ("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME")),
                    # without it numpy dies of an illegal instruction on a Nano
                    ("OPENBLAS_CORETYPE", "ARMV8" if (machine or os.uname().machine) == "aarch64" else None)]
@@ -132,11 +147,12 @@ def unit(config, hidden, machine=None, root="/"):
     lines += ["%s=%s" % (key, wants) for key in ("Wants", "After") if wants]
     lines += ["", "[Service]", "Type=notify", "User=%s" % user(), "WorkingDirectory=%s" % os.getcwd().replace("%", "%%")]
     lines += ["Environment=" + quoted("%s=%s" % (name, value), expands=False) for name, value in environment if value]
-    lines += ["EnvironmentFile=" + INPUT_FILE] if hidden else []
+    # the page's token may be there, so that it outlives a restart
+    lines += ["EnvironmentFile=%s%s" % ("" if hidden else "-", INPUT_FILE)] if hidden or seen else []
     lines += ["ExecStart=" + " ".join([quoted(sys.executable, expands=False), "-m", "edge.cli"] + [quoted(word) for word in words]),
               # files come to an end that is no fault
               "Restart=%s" % ("on-failure" if kind in ("file", "stills") else "always"), "RestartSec=%d" % RESTART_S,
-              "RestartPreventExitStatus=" + NOT_AGAIN, "SuccessExitStatus=143", "TimeoutStartSec=%d" % START_S,
+              "RestartPreventExitStatus=" + (NOT_AGAIN_FILES if kind in ("file", "stills") else NOT_AGAIN), "SuccessExitStatus=143", "TimeoutStartSec=%d" % START_S,
               "WatchdogSec=%d" % WATCHDOG_S, "KillSignal=SIGTERM",
               "KillMode=mixed",  # GStreamer must outlive the signal: it has a video to end
               "TimeoutStopSec=%d" % STOP_S, "MemoryMax=" + limit]
@@ -153,7 +169,9 @@ def write(config, hidden):
     if config.output != "-" and "://" not in config.output:
         config = config._replace(output=os.path.abspath(config.output))
         check_output(config.output)
-        say("note: the lines of results begin anew with every start; --output - keeps them in the journal")
+        say("note: %s with every start; --output - keeps the lines of results in the journal" % (
+            "a video of the start before is kept, and the new one gets a name with the date" if is_film(config.output) else
+            "results begin anew, masks too"))
     text = unit(config, hidden)
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -161,5 +179,8 @@ def write(config, hidden):
     if hidden:
         steps.insert(0, "sudo sh -c 'umask 077; cat > %s'   # then type %s='%s' with the password, and Ctrl-D; only root reads it"
                      % (INPUT_FILE, INPUT_VARIABLE, uri.parse(config.input).shown))
+    if is_seen(config):
+        steps.insert(0, "sudo sh -c 'umask 077; cat >> %s'   # then type NANOPATCH_TOKEN= and 16 characters or more, and Ctrl-D; without "
+                     "it the page asks for another token after every start" % INPUT_FILE)
     say("\n".join(["to install it:"] + ["  " + step for step in steps + [
         "sudo systemctl daemon-reload", "sudo systemctl enable --now edge-run"]]))

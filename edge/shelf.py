@@ -238,7 +238,7 @@ class Switching:
             self._tell("warning: the state of the shelf cannot be written, its previous model runs: %s" % exc)
             state = rolled_back(read(self._folder), str(exc))
         try:
-            self._now = self._load(path_of(self._folder, state.current))
+            self._now = self._load_new(state.current)
             if state.on_probation is not None:
                 self._probation(state.current)
         except Exception as exc:
@@ -253,6 +253,20 @@ class Switching:
             return None if state.on_probation is None else state._replace(on_probation=1)
         self._tell("model %s ended its process before %d frames were done: back to %s" % (state.current, PROBATION, state.previous))
         return rolled_back(state, "it ended its process before %d frames were done" % PROBATION)
+
+    def _load_new(self, digits):
+        """Load a model that may be on probation. Whoever stops us meanwhile says nothing of it: the next start tries it again."""
+        try:
+            return self._load(path_of(self._folder, digits))
+        except Exception:
+            raise
+        except BaseException:
+            self._put_off(digits)
+            raise
+
+    def _put_off(self, digits):
+        """Its probation begins anew with the next start."""
+        self._note(lambda state: state._replace(on_probation=0) if state.current == digits and state.on_probation else None)
 
     def __getattr__(self, name):
         return getattr(self._now, name)
@@ -311,7 +325,7 @@ class Switching:
         state = change(self._folder, lambda state: state._replace(on_probation=1) if state.on_probation == 0 else None)
         service.alive()
         try:
-            new = self._load(path_of(self._folder, state.current))
+            new = self._load_new(state.current)
         except Exception as exc:
             return self._refuse(state.current, "it does not load: %s" % _words(exc))
         if new.classes != self._now.classes:
@@ -360,8 +374,7 @@ class Switching:
     def close(self):
         """Ends well: a probation that is not over begins anew with the next start."""
         if self._left:
-            digits = self._now.model
-            self._note(lambda state: state._replace(on_probation=0) if state.current == digits and state.on_probation else None)
+            self._put_off(self._now.model)
         for segmenter in filter(None, (self._now, self._trusted)):
             segmenter.close()
         self._hold.close()

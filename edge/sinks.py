@@ -1,8 +1,11 @@
 """Where results go: mask and overlay pictures, JSON lines. Masks are written band by band as they come."""
+import fcntl
+import itertools
 import json
 import os
 import re
 import sys
+import time
 
 import numpy as np
 
@@ -11,6 +14,7 @@ from edge.errors import UsageError
 from edge.warp import reference
 
 FILM = (".mp4", ".mkv")
+ENDINGS = (".mask.png", ".overlay.png", ".samples.png")  # what a frame's name gets in a folder of results
 SHEET_PX = 1024  # longer side at which labels and boxes are drawn on pictures that are read in bands
 
 
@@ -27,6 +31,29 @@ def is_page(output):
 def lines_beside(film):
     """The file of JSON lines that belongs to a video."""
     return os.path.splitext(film)[0] + ".jsonl"
+
+
+def kept_apart(film):
+    """`film`, or a name with the date where a video is there already: a service that starts again records beside what it has."""
+    stem, ending = os.path.splitext(film)
+    names = itertools.chain([film], ("%s-%s%s%s" % (stem, time.strftime("%Y%m%d-%H%M%S"), again, ending) for again in itertools.chain(
+        [""], ("-%d" % number for number in itertools.count(2)))))
+    return next(name for name in names if not os.path.exists(name) or os.path.getsize(name) == 0)
+
+
+def _lines(path):
+    """A new file of results, held: a second edge-run that writes there would spoil both."""
+    handle = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise UsageError("%s is being written by another edge-run; give each an --output of its own" % path) from None
+    except OSError:
+        pass  # a file system without locks
+    if os.path.isfile(path):
+        handle.truncate(0)
+    return handle
 
 
 class Sinks:
@@ -48,19 +75,19 @@ class Sinks:
             if output.endswith(".png"):
                 self._one_mask = output
             else:
-                self._lines = open(output, "w", encoding="utf-8")
+                self._lines = _lines(output)
         elif is_film(output):
             from edge.recording import Recorder  # GStreamer costs nothing where it is not used
             os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
             self.recorder = Recorder(output, rate)
-            self._lines = open(lines_beside(output), "w", encoding="utf-8")
+            self._lines = _lines(lines_beside(output))
         elif "." in os.path.basename(output.rstrip("/")) and not os.path.isdir(output):
             raise UsageError("--output %s: expected a folder, a file ending in .png, .jsonl, .mp4 or .mkv, http://HOST:PORT, or -"
                              % output)
         else:
             os.makedirs(output, exist_ok=True)
             self._folder = output
-            self._lines = open(os.path.join(output, "results.jsonl"), "w", encoding="utf-8")
+            self._lines = _lines(os.path.join(output, "results.jsonl"))
 
     def take_up(self, classes, palette):
         """Names and colours of the classes from now on: a new model may have others."""
@@ -77,8 +104,8 @@ class Sinks:
             return self._one_mask, os.path.splitext(self._one_mask)[0] + ".overlay.png" if self._overlay else None
         if not self._folder:
             return None, None
-        base = os.path.join(self._folder, frame.name)
-        return base + ".mask.png", base + ".overlay.png" if self._overlay else None
+        mask, overlay = (os.path.join(self._folder, frame.name + ending) for ending in ENDINGS[:2])
+        return mask, overlay if self._overlay else None
 
     def write_bands(self, frame, picture, bands, lap, blend):
         """Write the mask of one frame, given as an iterator of label bands; blend(pixels, labels) paints them over the
@@ -164,7 +191,7 @@ class Sinks:
     def write_line(self, result):
         """One JSON object, on a line of its own."""
         if self._lines:
-            self._lines.write(json.dumps(result, sort_keys=True) + "\n")
+            self._lines.write(json.dumps(result, sort_keys=True, allow_nan=False) + "\n")
             self._lines.flush()
         if self._live:
             self._live.write_line(result)

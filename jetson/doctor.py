@@ -285,7 +285,7 @@ def _swap(m):
     if m.facts["swaps"] is None:
         return "unknown", "cannot be read", ""
     size = sum(swap["size_kb"] for swap in m.facts["swaps"]) // 1024
-    if size < 3900:
+    if size < 3700:  # 4 GB are 3814 MiB
         return "warn", ("%d MB, expected 4 GB" % size) if size else "none", _swap_cure(m)
     return "ok", "%d MB" % size, ""
 

@@ -295,7 +295,7 @@ def nano_461(root):
     files = {
         "/proc/device-tree/model": b"NVIDIA Jetson Nano Developer Kit\0", "/etc/nv_tegra_release": release(32, "7.1"),
         "/proc/meminfo": meminfo(4059272, 3300000),
-        "/proc/swaps": SWAP_HEAD + "/mnt/4GB.swap                           file\t\t4194300\t0\t-2\n",
+        "/proc/swaps": SWAP_HEAD + "/mnt/4GB.swap                           file\t\t3906244\t0\t-2\n",
         "/var/lib/nvpmodel/status": "pmode:0000 fmode:quiet\n", "/etc/nvpmodel.conf": NANO_CONF,
         "/proc/901/comm": "bash\n", "/proc/902/comm": "nvargus-daemon\n", "/var/log/kern.log": "all is well\n",
         "/sys/class/video4linux/video0/name": "vi-output, imx219 7-0010\n",

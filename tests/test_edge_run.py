@@ -1,6 +1,7 @@
 """edge-run as its users run it, and its results against the schemas and against train_lite's own evaluation."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, command
 from edge import contract, images, schema
 
 SWITCHES = "import sys, edge.images; from edge.cli import main; %s; code = main(); %s; sys.exit(code)"
@@ -271,3 +272,52 @@ def test_streamed_image_with_19_classes(tmp_path, height, width, overlap):
 def test_image_of_80_megapixels_with_19_classes(tmp_path):
     """One row of tiles is held as scores: classes x tile x width x 4 bytes, so width costs and height does not."""
     assert run_large(tmp_path, 20000, 4000, 19, 256, 32) < 600
+
+
+@pytest.mark.parametrize("ending", [".mask.png", ".overlay.png", ".samples.png"])
+def test_no_input_is_written_over_in_a_folder(ending, trained, tmp_path):
+    """A set whose labels are called as our masks are."""
+    (tmp_path / "set").mkdir()
+    for name in ("a.png", "a" + ending):
+        shutil.copy(os.path.join(trained["data"], "images", "00.png"), str(tmp_path / "set" / name))
+    before = {name: (tmp_path / "set" / name).read_bytes() for name in os.listdir(str(tmp_path / "set"))}
+    done = command("edge.cli", "--engine", trained["model"], "--input", tmp_path / "set", "--output", tmp_path / "set")
+    assert done.returncode == 2 and "a%s is an input itself" % ending in done.stderr, done.stderr
+    assert before == {name: (tmp_path / "set" / name).read_bytes() for name in os.listdir(str(tmp_path / "set"))}
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    from edge.errors import UsageError
+    from edge.sinks import Sinks
+    first = Sinks(str(tmp_path), [(0, 0, 0)], True)
+    first.write_line({"frame": 0})
+    with pytest.raises(UsageError, match="written by another edge-run"):
+        Sinks(str(tmp_path), [(0, 0, 0)], True)
+    first.write_line({"frame": 1})
+    first.close()
+    assert [line["frame"] for line in lines_of(tmp_path / "results.jsonl")] == [0, 1]
+    Sinks(str(tmp_path), [(0, 0, 0)], True).close()
+    assert lines_of(tmp_path / "results.jsonl") == []
+
+
+def test_the_same_failure_again_and_again_is_counted_and_not_kept(capfd, monkeypatch):
+    from edge import loop
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    failures = loop.Failures()
+    for _ in range(1000):
+        failures.add("of another size")
+        now[0] += loop.STATUS_S / 100.0
+    failures.add("another")
+    assert failures.count == 1001 and len(failures.first) == loop.FAILURES_KEPT
+    said = capfd.readouterr()[1].splitlines()
+    assert said.count("error: of another size") in (10, 11) and said[-1] == "error: another"
+
+
+def test_scores_that_are_no_numbers_are_no_label(trained):
+    from edge import pipeline
+    from edge.errors import BadFile
+    net = pipeline.Classifier.__new__(pipeline.Classifier)
+    net.score_bands = lambda picture, lap: iter([(0, np.array([1.0, np.nan]).reshape(2, 1, 1))])
+    with pytest.raises(BadFile, match="no finite numbers"):
+        net.shares(None)

@@ -273,7 +273,7 @@ def alive(pid):
 
 @pytest.mark.slow
 @gst
-@pytest.mark.parametrize("number, code, suffix", [(signal.SIGINT, 130, "mp4"), (signal.SIGTERM, 143, "mkv"),
+@pytest.mark.parametrize("number, code, suffix", [(signal.SIGINT, 130, "mp4"), (signal.SIGTERM, 143, "mkv"), (signal.SIGHUP, 129, "mkv"),
                                                   (signal.SIGKILL, -9, "mp4"), (signal.SIGKILL, -9, "mkv")])
 def test_interrupted(number, code, suffix, model, tmp_path):  # noqa: F811
     """The file can be played and no process is left; after kill -9 all but the last second or so is in it."""

@@ -1,4 +1,5 @@
 """edge-run under systemd: the datagrams it sends, the signs of life that an engine which hangs does not give, and the unit."""
+import errno
 import getpass
 import json
 import os
@@ -348,3 +349,54 @@ def test_root_is_refused(typed, monkeypatch):
     assert "must not run as root" in typed("--input", "csi://0", code=2)[1]
     monkeypatch.setenv("SUDO_USER", "somebody")
     assert "User=somebody\n" in typed("--input", "csi://0")[0]
+
+
+def test_a_video_of_the_start_before_is_kept(tmp_path, monkeypatch):
+    from edge.sinks import kept_apart
+    film = str(tmp_path / "rec.mp4")
+    assert kept_apart(film) == film
+    (tmp_path / "rec.mp4").write_bytes(b"")
+    assert kept_apart(film) == film
+    (tmp_path / "rec.mp4").write_bytes(b"film")
+    names = []
+    for _ in range(3):
+        names.append(kept_apart(film))
+        with open(names[-1], "wb") as handle:
+            handle.write(b"film")
+    assert len(set(names)) == 3 and all(name.startswith(str(tmp_path / "rec-20")) and name.endswith(".mp4") for name in names)
+
+
+def test_a_page_that_others_see_waits_for_the_network_and_keeps_its_token(monkeypatch):
+    monkeypatch.setattr(service, "user", lambda: "somebody")
+    for kind, page, wants, kept in (("csi://0", "http://192.168.1.5:8080", "nvargus-daemon.service network-online.target", True),
+                                    ("csi://0", "http://127.0.0.1:8080", "nvargus-daemon.service", False),
+                                    ("/data/frames", "http://0.0.0.0:8080", "network-online.target", True)):
+        text = service.unit(cli.EdgeConfig(engine="/m.onnx", input=kind, live=page), False, "x86_64")
+        assert "Wants=%s\nAfter=%s\n" % (wants, wants) in text and ("EnvironmentFile=-/etc/edge-run.env" in text) == kept
+        assert ("RestartPreventExitStatus=2 5 7" in text) == (kind[0] == "/")
+
+
+def test_a_service_waits_for_its_address(manager, monkeypatch):
+    """At boot the network may come later; a person at a terminal is told at once."""
+    from edge import live
+    tries = []
+
+    def server(host, port, page):
+        tries.append(host)
+        if len(tries) < 3:
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+        return "server"
+
+    monkeypatch.setattr(live, "_Server", server)
+    monkeypatch.setattr(live, "LISTEN_PAUSE_S", 0.01)
+    assert live._listen("http://10.9.8.7:1", "10.9.8.7", 1, None) == "server" and len(tries) == 3
+    del tries[:]
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    with pytest.raises(UsageError, match="no address of this machine"):
+        live._listen("http://10.9.8.7:1", "10.9.8.7", 1, None)
+    assert len(tries) == 1
+
+
+def test_a_status_of_any_name(manager):
+    service.notify("STATUS=\udcfc.png")
+    assert manager.told() == ["STATUS=?.png"]

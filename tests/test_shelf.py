@@ -563,3 +563,33 @@ def test_a_bad_update_is_taken_back_while_results_go_on(kind, call, model, place
     used = {line["model"] for lines in starts for line in lines}
     assert used == ({a} if kind in ("proof", "file") else {a, digits(bad)})
     assert loads(place).current == a
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_who_stops_us_while_a_model_loads_says_nothing_of_it(stop, running, model, place, monkeypatch):
+    """Ctrl-C or SIGTERM in the seconds of a load, at the start or later."""
+    b, real = model("b"), Segmenter.__init__
+
+    def stopped(segmenter, made, *rest):
+        if contract.identity(made) == digits(b):
+            raise stop()
+        real(segmenter, made, *rest)
+
+    if running:
+        with Run(place, monkeypatch) as run:
+            run.frames(1)
+            shelf.update(place, b)
+            monkeypatch.setattr(Segmenter, "__init__", stopped)
+            with pytest.raises(stop):
+                run.frames(2)
+            monkeypatch.setattr(Segmenter, "__init__", real)
+    else:
+        shelf.update(place, b)
+        monkeypatch.setattr(Segmenter, "__init__", stopped)
+        with pytest.raises(stop):
+            Run(place, monkeypatch)
+        monkeypatch.setattr(Segmenter, "__init__", real)
+    assert loads(place).current == digits(b) and loads(place).on_probation == 0
+    with Run(place, monkeypatch) as run:
+        assert run.frames(1) == [digits(b)]

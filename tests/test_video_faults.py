@@ -1,11 +1,16 @@
 """Cameras that fail, under an injected clock: a fake GStreamer process gives bytes, and faults among them."""
+import errno
+import os
 import random
+import subprocess
+import sys
 import threading
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from edge.errors import (BadFile, BlackFrames, DecoderExit, FrozenFrames, MissingElement, NoCamera, NoFrame, ShortFrame, SourceLost,
                          TornFrame, UsageError, WrongSize)
 from edge.sources import child, faults, uri, video
@@ -426,3 +431,55 @@ def test_every_kind_is_in_the_schema():
     from edge import schema
     kinds = schema.load("result")["properties"]["health"]["properties"]["last_fault"]["enum"]
     assert {cls.kind for cls in SourceLost.__subclasses__()} | {"time jump", None} == set(kinds)
+
+
+def test_a_camera_that_gave_frames_does_not_lack_rights_for_good():
+    """udev gives the node of a camera that is plugged in again to its group some 100 ms late."""
+    world = World()
+    source, said = camera(world)
+    next(source)
+
+    class Denied(FakeChild):
+        def __init__(self):
+            super().__init__(world, dead=True)
+            self.end = (1, "ERROR: from element x: Could not open device '/dev/video0'. system error: Permission denied")
+
+    starts = iter([Denied(), Denied()])
+    source._healer._start = lambda: next(starts, None) or world.start()
+    world.fault = "killed"
+    for _ in range(5):
+        next(source)
+    assert sum("no permission" in text for _at, text in said) == 2
+    never = World()
+    source, _said = camera(never)
+    source._healer._start = lambda: Denied()
+    with pytest.raises(UsageError, match="usermod"):
+        next(source)
+
+
+def test_the_time_that_a_caller_takes_is_no_fault_of_the_source():
+    world = World()
+    source, said = camera(world, patience_s=20.0)
+    next(source)
+    world.clock.now += 60
+    world.fault = "killed"
+    next(source)
+    assert len(said) == 1
+
+
+def test_no_memory_to_start_gstreamer_may_pass(monkeypatch):
+    def refuse(*_args, **_named):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    monkeypatch.setattr(child.subprocess, "Popen", refuse)
+    with pytest.raises(DecoderExit, match="Cannot allocate memory"):
+        child.Process(["fakesrc"])
+
+
+def test_names_of_cameras_are_any_bytes(tmp_path):
+    (tmp_path / "video0").mkdir()
+    (tmp_path / "video0" / "name").write_bytes("Microsoft\u00ae LifeCam".encode()[:-1] + b"\xc2")
+    video.check_node(uri.Place("v4l2", "/dev/video0", "/dev/video0"), str(tmp_path))
+    code = "import sys; from edge import cli; from edge.sources import cameras; cameras.list_cameras.__defaults__ = (%r, 'none'); sys.exit(cli.main())"
+    done = subprocess.run([sys.executable, "-c", code % str(tmp_path), "--list-sources"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=dict(os.environ, LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONPATH=ROOT))
+    assert done.returncode == 0 and b"Microsoft? LifeCa" in done.stdout, (done.stdout, done.stderr)

@@ -44,7 +44,8 @@ def _widen(pipe):
 
 class Process:
     """gst-launch-1.0 with `words`, heard and ended. stdin: as of subprocess; pipes: descriptors that it is given too.
-    headless: without a display, whose forwarding over ssh breaks Argus. Raises MissingElement without GStreamer."""
+    headless: without a display, whose forwarding over ssh breaks Argus. Raises MissingElement without GStreamer, DecoderExit where it
+    cannot be started."""
 
     def __init__(self, words, stdin=subprocess.DEVNULL, pipes=(), headless=False):
         env = {k: v for k, v in os.environ.items() if not (headless and k == "DISPLAY")}
@@ -54,8 +55,10 @@ class Process:
             self._process = subprocess.Popen(["gst-launch-1.0", "-f"] + words, stdin=stdin, stdout=subprocess.PIPE,
                                              stderr=subprocess.PIPE, pass_fds=pipes, env=env, start_new_session=True,
                                              preexec_fn=_end_with_us)
-        except OSError as exc:
+        except FileNotFoundError as exc:
             raise missing("gst-launch-1.0") from exc
+        except OSError as exc:  # no memory to fork, say: it may pass
+            raise DecoderExit("GStreamer cannot be started: %s" % exc.strerror) from exc
         self.pid = self._process.pid
         self._text, self._line = b"", b""
         self._poll, self._talk = select.poll(), {}

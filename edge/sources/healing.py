@@ -2,7 +2,7 @@
 import time
 
 from edge.command import say
-from edge.errors import BadFile, DecoderExit, SourceLost
+from edge.errors import BadFile, DecoderExit, SourceLost, UsageError
 from edge.sources import faults
 from edge.sources.child import FrameReader
 
@@ -35,8 +35,7 @@ class Healer:
     def next(self, buffer):
         """The next good child.Shot, in `buffer`; None at the end or after stop(). Raises what trying again cannot cure, and
         the last fault, a SourceLost, when patience is over."""
-        if self._good_s is None:
-            self._good_s = self._clock.monotonic()
+        self._good_s = self._clock.monotonic()  # what our caller took since the last one is no fault of the source
         while not self._stopped:
             try:
                 if self._child is None:
@@ -89,6 +88,8 @@ class Healer:
         self._close_child()
         self._watchdog.restarted()
         known = faults.explain(error, self._place) if isinstance(error, DecoderExit) else error
+        if isinstance(known, UsageError) and self._place.kind == "v4l2" and self.given:
+            known = DecoderExit(str(known))  # a camera that gave frames: plugged in again, its rights are not set yet
         if not isinstance(known, SourceLost):
             raise known from error
         if self._place.kind == "file":

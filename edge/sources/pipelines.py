@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 
-from edge.errors import MissingElement, UsageError
+from edge.errors import DecoderExit, MissingElement, UsageError
 from edge.sources.uri import FLIPS
 
 CSI_SIZE, CSI_RATE = (1280, 720), 30.0
@@ -52,8 +52,10 @@ def available(timeout_s=120):
     try:
         done = subprocess.run(["gst-inspect-1.0"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               timeout=timeout_s, env=dict(os.environ, LC_ALL="C"))
-    except OSError as exc:
+    except FileNotFoundError as exc:
         raise missing("gst-launch-1.0") from exc
+    except OSError as exc:
+        raise DecoderExit("gst-inspect-1.0 cannot be started: %s" % exc.strerror) from exc
     except subprocess.TimeoutExpired as exc:
         raise UsageError("gst-inspect-1.0 did not answer within %d s. Type it yourself to see where it hangs; "
                          "rm -r ~/.cache/gstreamer-1.0 makes it look anew" % timeout_s) from exc

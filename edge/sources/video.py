@@ -46,7 +46,8 @@ def check_file(path):
 def check_node(place, root="/sys/class/video4linux"):
     """Raise UsageError for a video node that gives raw pictures of a sensor, which no program can show as they are."""
     try:
-        with open(os.path.join(root, os.path.basename(os.path.realpath(place.where)), "name")) as handle:
+        with open(os.path.join(root, os.path.basename(os.path.realpath(place.where)), "name"), encoding="utf-8",
+                  errors="replace") as handle:
             name = handle.read().strip()
     except OSError:
         return  # no such camera: the watchdog waits for it
