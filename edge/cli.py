@@ -134,7 +134,7 @@ def check_not_input(config):
     inputs = {_identity(path) for path in read}
     lost = [path for path in written if os.path.exists(path) and _identity(path) in inputs]
     if lost:
-        raise UsageError("--output %s: %s is an input itself, which would be lost; give another name" % (config.output, lost[0]))
+        raise UsageError("--output %s: %s is the input itself, which would be lost; give another name" % (config.output, lost[0]))
 
 
 def _identity(path):

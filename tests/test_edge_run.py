@@ -282,7 +282,7 @@ def test_no_input_is_written_over_in_a_folder(ending, trained, tmp_path):
         shutil.copy(os.path.join(trained["data"], "images", "00.png"), str(tmp_path / "set" / name))
     before = {name: (tmp_path / "set" / name).read_bytes() for name in os.listdir(str(tmp_path / "set"))}
     done = command("edge.cli", "--engine", trained["model"], "--input", tmp_path / "set", "--output", tmp_path / "set")
-    assert done.returncode == 2 and "a%s is an input itself" % ending in done.stderr, done.stderr
+    assert done.returncode == 2 and "a%s is the input itself" % ending in done.stderr, done.stderr
     assert before == {name: (tmp_path / "set" / name).read_bytes() for name in os.listdir(str(tmp_path / "set"))}
 
 

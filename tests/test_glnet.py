@@ -352,6 +352,14 @@ def test_gradients_equal_plain_autograd(stage, model, norm, outputs, tiled):
         assert_same(got, want)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_pixels_that_are_surely_right_give_no_nan(gamma):
+    scores = torch.tensor([[[[60.0, -60.0, 0.3]]]], requires_grad=True)
+    labels = torch.tensor([[[1, IGNORE, 1]]], dtype=torch.uint8)
+    Stage1Loss(1, gamma, 0.0).focal(scores, labels).sum().backward()
+    assert torch.isfinite(scores.grad).all() and float(scores.grad[0, 0, 0, 2]) < 0
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_images_without_labels_teach_nothing(stage):
     """Beside others they change no gradient of the focal losses; by themselves they give none, and no NaN."""

@@ -2,8 +2,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, command, real_data, rest_slow, write_set
-from train_lite import checkpoint, demo
+from train_lite import checkpoint, demo, loop
 from train_lite.run import main
 from train_lite.config import HELPS, TrainConfig
 from train_lite.runfolder import RunFolder
@@ -187,3 +189,59 @@ def test_a_best_net_is_kept_even_where_there_is_nothing_to_find(tmp_path):
     words = ("--data", data, "--out", tmp_path / "runs", "--name", "run") + SMALL + ("--epochs", 6, "--lr", 1e-2)
     assert main([str(word) for word in words]) == 0
     assert checkpoint.exists(str(tmp_path / "runs" / "run" / "best.safetensors"))
+
+
+def test_a_stop_while_the_last_epoch_is_scored(tmp_path, monkeypatch, capsys):
+    """Neither the test set nor a stage that would follow is begun."""
+    real = loop.end_epoch
+
+    def stopped(problem, run, state, started):
+        result = real(problem, run, state, started)
+        if state.epoch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    words = ["--data", write_set(tmp_path / "set"), "--out", tmp_path / "runs", "--name", "run"] + list(SMALL)
+    monkeypatch.setattr(loop, "end_epoch", stopped)
+    assert main([str(word) for word in words]) == 130
+    assert not (tmp_path / "runs" / "run" / "summary.json").exists() and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(loop, "end_epoch", real)
+    assert main(["--resume", str(tmp_path / "runs" / "run")]) == 0 and (tmp_path / "runs" / "run" / "summary.json").exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """Sent to all of a service's processes it comes through the supervisor too."""
+    with loop.asked_to_stop() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert len(stop) == 1
+        monkeypatch.setattr(loop, "AGAIN_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+
+def test_validation_images_that_hold_nothing_choose_no_net(tmp_path, capsys):
+    """There is no score: the newest net is kept, not the first that was asked."""
+    data = write_set(tmp_path / "set", count=5)
+    for name in ("03.png", "04.png"):
+        mask = tmp_path / "set" / "masks" / name
+        Image.new("L", Image.open(str(mask)).size).save(str(mask))
+    lines = ["images/%02d.png,masks/%02d.png,%s" % (at, at, "val" if at > 2 else "train") for at in range(5)]
+    (tmp_path / "set" / "pairs.csv").write_text("\n".join(["image,mask,split"] + lines))
+    words = ["--data", data, "--out", tmp_path / "runs", "--name", "run", "--validate-every", 1] + list(SMALL)
+    assert main([str(word) for word in words]) == 0
+    _tensors, meta = checkpoint.read(str(tmp_path / "runs" / "run" / "best.safetensors"))
+    assert meta["epoch"] == 2 and capsys.readouterr().err.count("the newest net counts as the best") == 1
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert summary["best_val_iou"] is None
+
+
+def test_names_of_pictures_are_short_enough(tmp_path):
+    run = RunFolder(str(tmp_path))
+    os.makedirs(os.path.join(run.path, "samples"))
+    names = ["%s/%s" % ("train", "图" * 75 + str(at)) for at in range(2)]
+    for name in names:
+        with open(run.sample(name) + ".12345.part", "w"):
+            pass
+    assert run.sample(names[0]) != run.sample(names[1]) and run.sample("a/b").endswith(os.path.join("samples", "a_b.png"))

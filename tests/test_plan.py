@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import command, write_set
-from edge.errors import OverBudget, UsageError
+from edge.errors import BadFile, MissingPart, OverBudget, UsageError
 from jetson import memory
 from train_lite import checkpoint, device, plan
 from train_lite.config import TrainConfig
@@ -202,8 +202,8 @@ def test_each_notch_takes_less():
 
 def test_apart_brings_back_values_and_errors():
     assert plan.apart(lambda unseen: {"a": [1, 2.5], "b": unseen >= 0 or unseen}) == {"a": [1, 2.5], "b": True}
-    with pytest.raises(RuntimeError, match="UsageError: no such thing"):
-        plan.apart(lambda unseen: (_ for _ in ()).throw(UsageError("no such thing")))
+    with pytest.raises(RuntimeError, match="ValueError: no such thing"):
+        plan.apart(lambda unseen: (_ for _ in ()).throw(ValueError("no such thing")))
     assert plan.apart(lambda unseen: os.kill(os.getpid(), signal.SIGKILL)) is None
     before = memory.rss_mib()
     assert plan.apart(lambda unseen: [np.ones(200 << 17), memory.rss_mib()][1]) > 200
@@ -347,3 +347,19 @@ def test_a_card_is_held_to_the_budget(tmp_path):
     done = command("train_lite", "--data", data, "--device", "cuda", "--width", 64, "--res", 512, "--epochs", 1, "--micro-batch", 8,
                    "--budget", "2GB", cwd=tmp_path)
     assert done.returncode == 0 and "half precision" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("raised", [BadFile("m.png is damaged"), OSError(28, "No space left on device", "x.edges"), MissingPart("a", "pip install a")])
+def test_what_is_raised_apart_is_what_it_was(raised):
+    """A full disk in the trial is no bug of ours."""
+    def fail(_unseen):
+        raise raised
+    with pytest.raises(type(raised)) as caught:
+        plan.apart(fail)
+    assert str(caught.value) == str(raised) and getattr(caught.value, "filename", None) == getattr(raised, "filename", None)
+
+
+def test_bands_of_many_classes_are_counted():
+    """(classes, tile, width) scores are there when an image is scored, whatever the net's own activations take."""
+    few, many = (plan.estimates(config(patch=128), outputs, 0, [(8192, 8192, True)], CPU, 8192)[0]["activations"] for outputs in (2, 150))
+    assert many >= 150 * 128 * 8192 * 4 / 2.0 ** 20 > few

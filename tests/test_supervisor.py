@@ -173,6 +173,24 @@ def test_what_a_child_is_told_after_it_died(monkeypatch):
     assert told == [asked, asked + ["--smaller", "1"], resumed + ["--smaller", "1"], resumed + ["--smaller", "2"], resumed + ["--smaller", "0"]]
 
 
+def test_a_child_that_dies_of_a_fault_is_named(monkeypatch, capsys):
+    """On a Nano without OPENBLAS_CORETYPE numpy does; the shell says nothing of a grandchild."""
+    for code, held, said in ((-signal.SIGILL, "", "OPENBLAS_CORETYPE=ARMV8"), (-signal.SIGSEGV, "runs/a", "SIGSEGV). Go on: python -m train_lite --resume runs/a"),
+                             (-signal.SIGABRT, "", "--debug")):
+        monkeypatch.setattr(supervisor, "_run", lambda words: (code, held))
+        assert supervisor.main([]) == 128 - code and said in capsys.readouterr().err
+    monkeypatch.setattr(supervisor, "_run", lambda words: (-signal.SIGTERM, ""))
+    assert supervisor.main([]) == 143 and not capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["SIGTERM", "SIGHUP"])
+def test_a_stop_before_the_training_begins(stop, place):
+    hook = "from train_lite import dataset; dataset.find_pairs = lambda *_args: os.kill(os.getpid(), signal.%s)" % stop
+    code, text, starts = ended(place, start(place, *new_run("never-" + stop), hook=hook))
+    assert code == 130 and starts == 1 and "interrupted" in text, text
+
+
 @pytest.mark.slow
 def test_names_beyond_ascii_in_the_c_locale(tmp_path):
     """As under systemd, which sets no LANG; Python 3.6 then takes files to be called in ASCII."""

@@ -285,6 +285,9 @@ def test_pairs_csv(tmp_path):
     with pytest.raises(BadFile) as caught:
         dataset.find_pairs(str(tmp_path))
     assert all("line %d" % n in str(caught.value) for n in (2, 3, 4))
+    (tmp_path / "pairs.csv").write_text("image,mask,split\nin/a.png,out/a.png,train\n./in/a.png,out/c.png,test\n")
+    with pytest.raises(BadFile, match="line 3: ./in/a.png a second time, as on line 2"):
+        dataset.find_pairs(str(tmp_path))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])

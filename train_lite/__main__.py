@@ -16,6 +16,10 @@ from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, RUN_PIPE, TrainConf
 FRUITLESS = 3        # times in a row that a training may be killed without a new checkpoint before we give up
 FRUITLESS_SHORT = 7  # the same when memory was short: it has that many notches to go down
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ILLEGAL = ("A package was built for another processor. On a Nano that is numpy's OpenBLAS; type: export OPENBLAS_CORETYPE=ARMV8, then the "
+           "command again")
+
 
 @guarded
 def main(argv):
@@ -26,6 +30,9 @@ def main(argv):
         kills = oom_kills()
         code, held = _run(words)
         if code not in (RETRY_SMALLER, -signal.SIGKILL):
+            if code < 0 and -code not in STOPS:  # nobody else would say it: it is not the shell's child
+                say("error: the training died of signal %d (%s). %s" % (-code, signal.Signals(-code).name, ILLEGAL if code == -signal.SIGILL else
+                    "Go on: python -m train_lite --resume %s" % held if held else "Type the command again with --debug and report it"))
             return code if code >= 0 else 128 - code
         folder = held or folder
         short = code == RETRY_SMALLER or not kills or oom_kills() != kills
@@ -66,7 +73,7 @@ def _run(words):
     child = subprocess.Popen([sys.executable, "-m", "train_lite.run"] + words, preexec_fn=prepare, pass_fds=[writing], env=env)
     os.close(writing)
     before = [(number, signal.signal(number, lambda got, _frame: child.send_signal(got)))
-              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              for number in STOPS
               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # ignored: nohup
     try:
         code = child.wait()

@@ -239,7 +239,7 @@ def check(config):
                                  % (config.sampler, name.replace("_", "-"), getattr(config, name)))
     for name, models in OF_MODELS.items():
         value = getattr(config, name)
-        if value != getattr(TrainConfig(), name) and config.model not in models and (name, value) != ("overlap", 0):
+        if value != getattr(TrainConfig(), name) and config.model not in models and (name, value) != ("overlap", 0) and not config.resume:
             raise UsageError("--%s %s and --model %s: that is a flag for %s. Leave it out"
                              % (name.replace("_", "-"), value, config.model, ", ".join(models)))
     if config.coarse and config.mode != "patch":

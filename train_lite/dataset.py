@@ -108,7 +108,7 @@ def _from_csv(path):
 def csv_rows(path, files, others, layouts):
     """Lines of a CSV file as (dict of the columns asked for and split, list of absolute paths). files: columns that name files,
     relative to it; others: further columns that every line fills; layouts: what was expected. One BadFile names all bad lines."""
-    problems, found = [], []
+    problems, found, seen = [], [], {}
     folder = os.path.dirname(os.path.abspath(path))
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:  # Excel's begin with a mark
@@ -122,9 +122,11 @@ def csv_rows(path, files, others, layouts):
             continue
         paths = [os.path.normpath(os.path.join(folder, own[key])) for key in files]
         problems += ["line %d: no such file: %s" % (number, p) for p in paths if not os.path.isfile(p)]
+        if seen.setdefault(paths[0], number) != number:
+            problems.append("line %d: %s a second time, as on line %d" % (number, own[files[0]], seen[paths[0]]))
         found.append((own, paths))
     raise_all(problems, "%s has lines that name no %s" % (path, "pair" if len(files) > 1 else "image and label"),
-              "Expected the columns %s[,split] with split train, val or test; paths relative to the file." % ",".join(files + others))
+              "Expected each image once, and the columns %s[,split] with split train, val or test; paths relative to the file." % ",".join(files + others))
     return found
 
 

@@ -120,17 +120,20 @@ def evaluate(net, stored, how, classes, device, final=False):
 
     Returns the dict of metrics.summarise, and 'boundary_f1': a float; of a net of patches None but at the end. For a Sampler
     also what SampleScores.summary gives. All but that is about every pixel of the images."""
-    matrices, edges = [], np.zeros((classes, 4), np.int64)
+    edges = np.zeros((classes, 4), np.int64)
     samples = SampleScores(how, classes) if isinstance(how, Sampler) else None
-    for entry in stored:
-        bands, seen = predict(net, entry, how, device)
-        boundaries = metrics.Boundaries(classes, entry.height, entry.width) if samples or final else None
-        matrices.append(confusion(entry, bands, classes, boundaries))
-        if boundaries:
-            edges += boundaries.counts()
-        if samples:
-            samples.add(entry, seen, final)
-    result = dict(metrics.summarise(matrices), boundary_f1=metrics.boundary_f1(edges) if samples or final else None)
+
+    def matrices():
+        for entry in stored:
+            bands, seen = predict(net, entry, how, device)
+            boundaries = metrics.Boundaries(classes, entry.height, entry.width) if samples or final else None
+            yield confusion(entry, bands, classes, boundaries)
+            if boundaries:
+                edges[:] += boundaries.counts()
+            if samples:
+                samples.add(entry, seen, final)
+
+    result = dict(metrics.summarise(matrices()), boundary_f1=metrics.boundary_f1(edges) if samples or final else None)
     if samples:
         result.update(samples.summary())
     return result
@@ -164,17 +167,18 @@ class SampleScores:
 
     def __init__(self, sampler, classes):
         self.recipe, self.kind, self.classes = sampler.recipe, sampler.kind, classes
-        self.low, self.best, self.faults = [], [], []
+        self.low, self.best, self.faults = 0, None, []  # sums of matrices; of each image
 
     def add(self, stored, seen, ceiling):
         """An image. seen: its Seen. ceiling: whether to compute that: as long again as to un-warp the net's scores."""
         labels = reference.sample_labels(stored.labels, seen.positions)
-        self.low.append(metrics.confusion(labels, scores.labels_of(seen.scores), self.classes))
+        self.low = self.low + metrics.confusion(labels, scores.labels_of(seen.scores), self.classes)
         self.faults.append(path.faults(seen.positions, self.recipe) + (stored.pair.name,))
         if ceiling:
             votes = (labels == np.arange(self.classes)[:, None, None]).astype(np.float32)  # of IGNORE: for no class
             bands = reference.unwarp_labels(votes, seen.positions, stored.height, stored.width)
-            self.best.append(confusion(stored, bands, self.classes))
+            found = confusion(stored, bands, self.classes)
+            self.best = found if self.best is None else self.best + found
 
     def summary(self):
         """'low_res': {'iou', 'f1'} of the net's own output against the labels at the samples; 'ceiling': of those labels,
@@ -188,9 +192,9 @@ class SampleScores:
             say("warning: the samples of %d of %d images have collapsed (worst: %s, %.0f %% of them in one place, %.0f %% "
                 "folded over): %s" % (len(faulty), len(self.faults), name, 100 * crowded, 100 * folded,
                                       "take a smaller --lr" if self.kind == "marin" else "take a smaller --radius"))
-        return {"low_res": _iou_f1(self.low), "ceiling": _iou_f1(self.best) if self.best else None, "faulty": len(faulty)}
+        return {"low_res": _iou_f1(self.low), "ceiling": None if self.best is None else _iou_f1(self.best), "faulty": len(faulty)}
 
 
-def _iou_f1(matrices):
-    pooled = metrics.summarise(matrices)["pooled"]
+def _iou_f1(matrix):
+    pooled = metrics.summarise([matrix])["pooled"]
     return {name: pooled[name] for name in ("iou", "f1")}

@@ -21,6 +21,7 @@ from train_lite.patches import Batch, View
 from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
 
 RATES = {1: 1.0, 2: 0.4, 3: 1.0}  # of --lr, as published
+LEAST_MISSED = 1e-6               # of probability: the derivative of 0 to a power below 1 is infinite
 QUARTER = slice(2, None, 4)       # every fourth label: the nearest to the centre of a cell of the first level
 
 
@@ -139,7 +140,8 @@ class FocalLoss:
         """scores (n, C, h, h), labels (n, h, h) uint8 -> the sum over the pixels of each, (n,)."""
         counts = labels != IGNORE
         each = entropy(scores, torch.where(counts, labels, torch.zeros_like(labels)).long())
-        return ((1 - torch.exp(-each)) ** self.gamma * each * counts).sum((1, 2))
+        missed = (1 - torch.exp(-each)).clamp(min=LEAST_MISSED)
+        return (missed ** self.gamma * each * counts).sum((1, 2))
 
     def rows(self, scores, labels, difference=None):
         """(n, 4) float64 for a SumTable: focal losses, pixels that count, squared difference, patches. scores: a list of class scores

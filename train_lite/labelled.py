@@ -51,14 +51,8 @@ def _in_order(name):
 
 def _from_csv(path):
     """(Pair, label) of every line."""
-    found, seen, problems = [], {}, []
-    for number, (row, (image,)) in enumerate(csv_rows(path, ("image",), ("label",), LAYOUTS), 2):
-        if image in seen:
-            problems.append("%s is on lines %d and %d" % (row["image"], seen[image], number))
-        seen[image] = number
-        found.append((Pair(os.path.splitext(row["image"])[0], image, "", row["split"] or "train"), row["label"]))
-    raise_all(problems, "%s names images twice" % path, "Expected each image once. Remove the lines named.")
-    return found
+    return [(Pair(os.path.splitext(row["image"])[0], image, "", row["split"] or "train"), row["label"])
+            for row, (image,) in csv_rows(path, ("image",), ("label",), LAYOUTS)]
 
 
 def _from_folders(data):

@@ -14,6 +14,7 @@ from jetson import phases
 from jetson.memory import peak_rss_mib
 from train_lite.config import validation_due
 
+AGAIN_S = 1.0
 SAMPLES = 3  # validation images drawn as pictures
 
 
@@ -27,6 +28,9 @@ def train(problem, run, state):
             started = time.time()
             train_epoch(problem, run, state, stop)
             result = end_epoch(problem, run, state, started)
+        if stop:  # asked for while the last epoch was scored: all is saved
+            say("stopped after the last epoch. Go on: python -m train_lite --resume %s" % run.path)
+            raise KeyboardInterrupt
     return result
 
 
@@ -89,10 +93,10 @@ def end_epoch(problem, run, state, started):
         row.update(problem.row(result))
         text = "  val " + problem.line(row)
     score = row.get(problem.SCORE, state.best if problem.val else state.epoch)
-    if np.isnan(score):  # validation images that hold nothing, of which nothing was said
-        score = 0.0
-    if score > state.best:
-        state.best = score
+    if np.isnan(score) and not any(problem.SCORE in earlier for earlier in run.rows):
+        say("warning: the validation images hold nothing that could be found: there is no score, and the newest net counts as the best")
+    if score > state.best or np.isnan(score):
+        state.best = state.best if np.isnan(score) else score
         state.save(run.best, problem)
     if result or last:
         phases.mark("validate")
@@ -115,17 +119,20 @@ def _progress(numbers, problem, state):
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """Yields a list that is non-empty once Ctrl-C or SIGTERM came: the loop then saves and leaves. A second one stops
-    at once."""
+    """Yields a list that is non-empty once Ctrl-C, SIGTERM or SIGHUP came: the loop then saves and leaves. A second one stops at once,
+    but not within AGAIN_S: what is sent to all of a service's processes reaches us twice, through the supervisor too."""
     asked = []
 
-    def handler(number, _frame):
+    def handler(_number, _frame):
+        if asked and time.monotonic() - asked[0] < AGAIN_S:
+            return
         if asked:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(time.monotonic())
         say("stopping after this batch; once more to stop at once")
 
-    before = [(number, signal.signal(number, handler)) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [(number, signal.signal(number, handler)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # ignored: nohup
     try:
         yield asked
     finally:

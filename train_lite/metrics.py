@@ -52,18 +52,20 @@ def scores(matrix):
 
 
 def summarise(per_image):
-    """per_image: one (C, C) matrix per image; two classes are scored as one foreground class.
+    """per_image: one (C, C) matrix per image, any iterable, of which no more than one is held; two classes are scored as one foreground
+    class.
 
     Returns {'pooled': {name: float}, 'paper_compat': {...}, 'per_class_iou': [...], 'plr_clamped': n}: n scores were
     infinite and count as PLR_LIMIT."""
-    first = 1 if len(per_image[0]) == 2 else 0
-    pooled = scores(np.sum(per_image, axis=0))
-    present = np.sum(per_image, axis=0).sum(axis=1)[first:] > 0
+    total, single = 0, []
+    for matrix in per_image:
+        total, first, found = total + matrix, 1 if len(matrix) == 2 else 0, scores(matrix)
+        single.append({name: np.nan_to_num(_limited(found[name][first:])) for name in NAMES})
+    pooled, present = scores(total), total.sum(axis=1)[first:] > 0
     clamped = int(np.isinf(pooled["plr"][first:]).sum())
-    single = [scores(matrix) for matrix in per_image]
     return {
         "pooled": {name: _mean(_limited(pooled[name][first:])[present]) for name in NAMES},
-        "paper_compat": {name: float(np.mean([np.nan_to_num(_limited(s[name][first:])) for s in single])) for name in NAMES},
+        "paper_compat": {name: float(np.mean([s[name] for s in single])) for name in NAMES},
         "per_class_iou": [None if np.isnan(v) else float(v) for v in pooled["iou"]],
         "plr_clamped": clamped,
     }

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from edge import errors
 from edge.errors import OverBudget, UsageError
 from jetson import phases
 from jetson.memory import parse_bytes, rss_mib
@@ -129,12 +130,13 @@ def _kept(net, forward):
     return sum(sizes), max(sizes)
 
 
-def estimates(config, outputs, tile_px, headers, device):
+def estimates(config, outputs, tile_px, headers, device, scored_px=0):
     """Predicted MiB by owner at the peak: a dict for every notch of ladder(config). tile_px: pixels of the largest image
-    where that is the tile, else 0; headers: list of edge.images.photo_header()."""
+    where that is the tile, else 0; headers: list of edge.images.photo_header(); scored_px: width of the widest image whose pixels are
+    scored, a band of a tile's height at a time."""
     def count(unseen):
         look, loader = Look(config, outputs, device, unseen), 0.0 if own_memory(device) else _loader_mib(headers)
-        return [_estimate(look, notch, tile_px or notch.patch ** 2, loader) for notch in ladder(config, device)]
+        return [_estimate(look, notch, tile_px or notch.patch ** 2, loader, scored_px) for notch in ladder(config, device)]
 
     predicted = count(0.0) if device.type == "cuda" else apart(count)  # CUDA does not survive a fork
     if predicted is None:
@@ -143,7 +145,7 @@ def estimates(config, outputs, tile_px, headers, device):
     return predicted
 
 
-def _estimate(look, levers, tile_px, loader_mib):
+def _estimate(look, levers, tile_px, loader_mib, scored_px):
     kept, largest = look.kept(levers.micro_batch, levers.recompute)
     area = tile_px / float(PROBE_PX ** 2)
     scale = area / (2 if levers.half else 1)
@@ -151,10 +153,12 @@ def _estimate(look, levers, tile_px, loader_mib):
     # deepest layers, with about half of them and the copies of the largest weight that the CPU's convolutions make
     top = kept * scale + 2.5 * largest * scale
     deep = 0.55 * kept * scale + (2.5 if levers.tight else 4) * look.largest_weight
+    band = look.outputs * 4 * (levers.patch or tile_px ** 0.5) * scored_px / MIB  # when images are scored
     samplers = levers.micro_batch * look.deform_kept  # one for every image in the micro-batch
     return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.trained,
             "optimizer": look.trained / 4 * STATE_BYTES[levers.optimizer],
-            "activations": max(top, deep) + look.held(levers.micro_batch) * area + samplers + (30 if levers.tight else 45), "loader": loader_mib}
+            "activations": max(max(top, deep) + look.held(levers.micro_batch) * area + samplers, band) + (30 if levers.tight else 45),
+            "loader": loader_mib}
 
 
 def _loader_mib(headers):
@@ -249,7 +253,8 @@ def trim():
 def apart(function):
     """function(unseen) in a fork of this process, so that its memory goes when it ends and leaves no holes in ours.
     unseen: MiB of our libraries that are not resident in the fork until it touches them. Returns what it returned (JSON),
-    or None when the fork was killed, as by the kernel for want of memory; raises what it raised, as RuntimeError."""
+    or None when the fork was killed, as by the kernel for want of memory; raises what it raised: an OSError, an EdgeError, all else as
+    RuntimeError."""
     resident = rss_mib() or 0.0
     reading, writing = os.pipe()
     pid = os.fork()
@@ -260,6 +265,10 @@ def apart(function):
             torch.set_num_threads(1)  # the others did not survive the fork
             try:
                 answer = {"value": function(resident - (rss_mib() or 0.0))}
+            except OSError as exc:
+                answer = {"system": [exc.errno, exc.strerror, exc.filename]}
+            except errors.EdgeError as exc:
+                answer = {"known": [type(exc).__name__, str(exc)]}
             except Exception as exc:
                 answer = {"error": "%s: %s" % (type(exc).__name__, exc)}
             with os.fdopen(writing, "w") as handle:
@@ -273,6 +282,11 @@ def apart(function):
     answer = json.loads(text) if text else {"value": None}
     if "Autograd-and-Fork" in answer.get("error", ""):
         return function(0.0)  # a Python that has trained before, and a torch that then refuses to in a fork
+    if "system" in answer:
+        raise OSError(*answer["system"])
+    if "known" in answer:
+        kind = getattr(errors, answer["known"][0])
+        raise kind.__new__(kind, answer["known"][1])  # some make their text of other words
     if "error" in answer:
         raise RuntimeError(answer["error"])
     return answer["value"]

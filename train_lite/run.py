@@ -1,6 +1,7 @@
 """One training, from flags to report, in the process that holds torch. __main__ starts it and looks after it."""
 import json
 import os
+import signal
 import sys
 import time
 
@@ -128,10 +129,11 @@ def _plan(config, pairs, classes, device):
     fitted = [fitted_size(h, w, settings.resize, settings.resize_px) for h, w, _bands in headers]
     whole = settings.task or (whole_side(config.model, max(map(max, fitted))),) * 2
     tile_px = 0 if settings.tile else whole[0] * whole[1]
+    scored = [fitted_size(h, w, config.fit, config.res)[1] for h, w, _bands in headers] if task(config).scores_pixels and not settings.task else [0]
     allowed, found = plan.budget(config.budget, device), []
     for words, one in [("", config)] + task(config).later(config):  # refused now, not after hours of the one before
         notches = plan.ladder(one, device)
-        predicted = plan.estimates(one, classes.outputs, tile_px, headers, device)
+        predicted = plan.estimates(one, classes.outputs, tile_px, headers, device, max(scored))
         found.append((notches, predicted, plan.choose(notches, predicted, allowed, config.smaller if one is config else 0)))
         if config.plan and not config.json:
             print("%s%s" % ("then %s: " % words if words else "", plan.describe(notches, found[-1][2], predicted, allowed)))
@@ -211,7 +213,7 @@ def _report(config, problem, start, run, result, seconds, again, last):
     last: whether no other training follows."""
     from train_lite.state import restore
     phases.mark("validate")
-    summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_" + problem.SCORE: start.best if problem.val else None,
+    summary = {"run": run.path, "seconds": seconds, "steps": start.step, "best_val_" + problem.SCORE: start.best if problem.val and start.best >= 0 else None,
                "val": result, "test": None}
     if problem.test:
         start.net = start.optimizer = None  # make room: the best net takes its place
@@ -236,4 +238,7 @@ def _report(config, problem, start, run, result, seconds, again, last):
 
 
 if __name__ == "__main__":
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, before and after the loop too
+        if signal.getsignal(stop) != signal.SIG_IGN:
+            signal.signal(stop, signal.default_int_handler)
     sys.exit(main())

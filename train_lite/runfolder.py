@@ -2,6 +2,7 @@
 at the newest run."""
 import csv
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -11,6 +12,7 @@ from edge.errors import UsageError
 from train_lite import pictures
 from train_lite.config import RUN_PIPE
 
+LONGEST_NAME = 200  # bytes: file systems take 255, and more is put behind it
 COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "peak_mib")  # of every task; then come its own
 
 
@@ -114,7 +116,10 @@ class RunFolder:
         pictures.curves(self.rows, (("loss", "training loss"),) + curves, os.path.join(self.path, "curves.png"))
 
     def sample(self, name):
-        return os.path.join(self.path, "samples", name.replace("/", "_") + ".png")
+        name = name.replace("/", "_")
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            name = "%s-%s" % (hashlib.sha256(os.fsencode(name)).hexdigest()[:12], name[-40:])
+        return os.path.join(self.path, "samples", name + ".png")
 
 
 def _dated(title):

@@ -126,6 +126,10 @@ def cache_folder(config, data):
     return os.path.join(cache_home(), hashlib.sha256(folder.encode()).hexdigest()[:12])
 
 
+class NoRoom(BadFile):
+    """No image is at fault."""
+
+
 def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview, since, problems):
     """Bring all pairs into the store, at the size that `resize`, `resize_px` ask (edge.images.fitted_size), with an
     overview of `overview` (height, width) px when asked for. What is there already is kept; files not used since the time `since` make
@@ -148,6 +152,8 @@ def ingest(pairs, classes, resize, resize_px, folder, limit_gb, overview, since,
                 os.utime(entry.overview_path(*overview))
             os.utime(path)  # recently used: the last to be pruned
             stored.append(entry)
+        except NoRoom:
+            raise  # as would all that follow
         except BadFile as exc:
             problems.append(str(exc))
     if added:
@@ -297,6 +303,6 @@ def _make_room(folder, limit_gb, since):
             os.remove(path)
             total -= sizes[path].st_size
     if total > limit_gb * 1e9:
-        raise BadFile("the tile store %s needs more than --cache-gb %g; give a larger cap" % (folder, limit_gb))
+        raise NoRoom("the tile store %s needs more than --cache-gb %g; give a larger cap" % (folder, limit_gb))
     if shutil.disk_usage(folder).free < 64 << 20:
-        raise BadFile("less than 64 MB are free on the disk of %s; free some, or move the store with --cache" % folder)
+        raise NoRoom("less than 64 MB are free on the disk of %s; free some, or move the store with --cache" % folder)
