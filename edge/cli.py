@@ -197,7 +197,6 @@ def main(argv):
         return _update(config)
     uri.check(source_options(config))
     check_pressure(config.pressure, config.least_rate, config.least_scale)
-    check_not_input(config)
     if uri.parse(config.input).kind in ("stills", "synthetic"):
         for name in ("input_width", "input_height", "input_flip"):
             if getattr(config, name) != getattr(EdgeConfig(), name):
@@ -206,6 +205,7 @@ def main(argv):
     # a shelf's model may fail: the one before is at hand
     found = contract.load(model) if config.write_service or model == config.engine else None
     backend = backends.choose(config.backend, model)
+    check_not_input(config)
     if config.write_service:
         return service.write(config, hidden)
     if service.is_ours() and is_film(config.output):
