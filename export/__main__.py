@@ -40,7 +40,7 @@ HELPS = {
     "float32": "engines: names of nodes that stay float32 with --fp16, in quotes",
     "workspace": "engines: MiB of scratch memory that the builder may try tactics with, at most",
     "reuse": "engines: take one built before on this board from the same file",
-    "frames": "image, folder or glob to compare on; none given: the run's validation images",
+    "frames": "image, folder or glob, of which the first two images are compared on; none given: the run's validation images, of engines a test picture",
     "json": "print one JSON object on stdout at the end",
     "debug": "show the traceback of an error",
 }

@@ -60,3 +60,17 @@ def test_nothing_unpickles_without_its_flag():
                     text = handle.read()
                 assert "import pickle" not in text and "np.load(" not in text, name
                 assert "torch.load(" not in text or "weights_only" in text, name
+
+
+def test_a_package_that_does_not_load_is_named(monkeypatch):
+    """NVIDIA's torch without libopenblas: its own message, not a bug of ours."""
+    import importlib
+
+    from edge import optional
+    from edge.errors import UsageError
+
+    def load(_name):
+        raise OSError("libopenblas.so.0: cannot open shared object file: No such file or directory")
+    monkeypatch.setattr(importlib, "import_module", load)
+    with pytest.raises(UsageError, match="'torch' does not load: libopenblas.*jetson doctor"):
+        optional.need("torch")
