@@ -7,7 +7,7 @@ import sys
 from typing import NamedTuple
 
 from edge import backends, contract, loop, service, shelf
-from edge.command import banner, guarded, parse, say
+from edge.command import banner, guarded, on_signals, parse, say
 from edge.errors import UsageError
 from edge.pressure import MODES
 from edge.pressure import check as check_pressure
@@ -165,23 +165,10 @@ def live_page(config, source, pipeline):
         yield page
 
 
-@contextlib.contextmanager
 def ends_cleanly():
     """SIGTERM, and SIGHUP of a terminal that closes, leave as an exception with code 143 or 129, so that cameras are let go and files
     closed."""
-    def leave(number, _frame):
-        sys.exit(128 + number)
-    try:
-        before = [(number, signal.signal(number, leave)) for number in (signal.SIGTERM, signal.SIGHUP)
-                  if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN]  # ignored: nohup
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+    return on_signals(lambda number, _frame: sys.exit(128 + number), signal.SIGTERM, signal.SIGHUP)
 
 
 @guarded

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -138,6 +139,22 @@ def say(text):
 
 def banner(command, device, backend):
     say("nanopatch %s %s | device %s | backend %s" % (__version__, command, device, backend))
+
+
+@contextlib.contextmanager
+def on_signals(handler, *numbers):
+    """handler(number, frame) of the signals `numbers` while the block lasts. Others than SIGINT and SIGTERM stay ignored where they are, as
+    SIGHUP is under nohup. Off the main thread, where Python allows no handlers, nothing changes."""
+    try:
+        before = [(number, signal.signal(number, handler)) for number in numbers
+                  if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN]
+    except ValueError:
+        before = []
+    try:
+        yield
+    finally:
+        for number, old in before:
+            signal.signal(number, old)
 
 
 def guarded(main):

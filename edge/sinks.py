@@ -1,6 +1,5 @@
 """Where results go: mask and overlay pictures, JSON lines. Masks are written band by band as they come."""
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -35,10 +34,11 @@ def lines_beside(film):
 
 def kept_apart(film):
     """`film`, or a name with the date where a video is there already: a service that starts again records beside what it has."""
-    stem, ending = os.path.splitext(film)
-    names = itertools.chain([film], ("%s-%s%s%s" % (stem, time.strftime("%Y%m%d-%H%M%S"), again, ending) for again in itertools.chain(
-        [""], ("-%d" % number for number in itertools.count(2)))))
-    return next(name for name in names if not os.path.exists(name) or os.path.getsize(name) == 0)
+    (stem, ending), name, number = os.path.splitext(film), film, 0
+    while os.path.exists(name) and os.path.getsize(name):
+        number += 1
+        name = "%s-%s%s%s" % (stem, time.strftime("%Y%m%d-%H%M%S"), "-%d" % number if number > 1 else "", ending)
+    return name
 
 
 def _lines(path):

@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from edge.command import banner, guarded, parse, say, written
+from edge.command import banner, guarded, on_signals, parse, say, written
 from edge.errors import BadFile, UsageError
 from jetson import board, memory, tegrastats
 from jetson.phases import VARIABLE
@@ -242,10 +242,8 @@ def run(words, interval_s, table, stdout=None):
     signals, problem, rows = [], None, csv.writer(table)
     rows.writerow(COLUMNS)
     meter = _tegrastats(interval_s)
-    before = [(number, signal.signal(number, lambda got, _frame: signals.append(got)))
-              for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
     try:
-        with tempfile.NamedTemporaryFile() as marks:
+        with on_signals(lambda got, _frame: signals.append(got), *PASSED_ON), tempfile.NamedTemporaryFile() as marks:
             time.sleep(2 * interval_s)  # tegrastats has begun: it is part of the baseline
             baseline, own_group, start, cpu_s = machine(), group_peak(os.getpid()), time.time(), time.process_time()
             try:  # a session of its own: Ctrl-C in a terminal reaches us only, and is passed on once
@@ -268,8 +266,6 @@ def run(words, interval_s, table, stdout=None):
                 raise problem
             summary = watch.summary(time.time())
     finally:
-        for number, handler in before:
-            signal.signal(number, handler)
         if meter:
             meter.kill()
             meter.wait()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 
-from edge.command import guarded, parse, say
+from edge.command import guarded, on_signals, parse, say
 from edge.errors import OverBudget
 from jetson.memory import oom_kills
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, RUN_PIPE, TrainConfig, check
@@ -72,19 +72,10 @@ def _run(words):
         env["LC_ALL"] = "C.UTF-8"
     child = subprocess.Popen([sys.executable, "-m", "train_lite.run"] + words, preexec_fn=prepare, pass_fds=[writing], env=env)
     os.close(writing)
-    before = [(number, signal.signal(number, lambda got, _frame: child.send_signal(got)))
-              for number in STOPS
-              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # ignored: nohup
-    try:
+    with on_signals(lambda got, _frame: child.send_signal(got), *STOPS), open(reading, "rb", 0) as told:
         code = child.wait()
         os.set_blocking(reading, False)  # what it left running may hold the other end
-        said = os.read(reading, 1 << 16)
-    except BlockingIOError:
-        said = b""
-    finally:
-        os.close(reading)
-        for number, handler in before:
-            signal.signal(number, handler)
+        said = told.read(1 << 16) or b""
     return code, os.fsdecode(said).rpartition("\0")[0].rpartition("\0")[2]
 
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from edge.command import say
+from edge.command import on_signals, say
 from edge.errors import UsageError
 from edge.optional import need
 from jetson import phases
@@ -131,10 +131,5 @@ def asked_to_stop():
         asked.append(time.monotonic())
         say("stopping after this batch; once more to stop at once")
 
-    before = [(number, signal.signal(number, handler)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # ignored: nohup
-    try:
+    with on_signals(handler, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield asked
-    finally:
-        for number, old in before:
-            signal.signal(number, old)

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from edge.command import banner, from_json, guarded, parse, read_json, say, written
+from edge.command import banner, from_json, guarded, on_signals, parse, read_json, say, written
 from edge.errors import BadFile, OverBudget, UsageError, raise_all
 from edge.images import fitted_size, photo_header
 from edge.optional import need
@@ -238,7 +238,5 @@ def _report(config, problem, start, run, result, seconds, again, last):
 
 
 if __name__ == "__main__":
-    for stop in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, before and after the loop too
-        if signal.getsignal(stop) != signal.SIG_IGN:
-            signal.signal(stop, signal.default_int_handler)
-    sys.exit(main())
+    with on_signals(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, before and after the loop too
+        sys.exit(main())
