@@ -108,6 +108,8 @@ def check(config):
             raise UsageError("--%s is %d, expected %d or more" % (name.replace("_", "-"), getattr(config, name), least))
     if not (config.score == -1 or 0 <= config.score <= 1):
         raise UsageError("--score is %g, expected 0 to 1, or -1 for the model's own" % config.score)
+    if not (config.still == -1 or config.still >= 0):
+        raise UsageError("--still is %g, expected 0 or more, or -1 for never" % config.still)
     if config.update and config.write_service:
         raise UsageError("--update and --write-service are two commands; give one of them")
     if config.memory_max and not config.write_service:

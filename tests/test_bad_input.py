@@ -540,7 +540,8 @@ def test_model_that_is_none(spoil, model, refused):
     ("--engine {model} --input absent*.png", 5, "absent*"), ("--engine {model} --input synthetic://64", 2, "1280x720"),
     ("--engine {model} --input synthetic://0x48", 2, "720"), ("--engine {model} --input synthetic://axb", 2, "720"),
     ("--engine {model} --input gopher://me:secret@host", 2, "gopher"), ("--engine {model} --inptu a.png", 2, "--input"),
-    ("--engine {model} --input . --runs 0", 2, "--runs"), ("--engine {model} --input . --frames -1", 2, "--frames")])
+    ("--engine {model} --input . --runs 0", 2, "--runs"), ("--engine {model} --input . --frames -1", 2, "--frames"),
+    ("--engine {model} --input . --still nan", 2, "--still is nan"), ("--engine {model} --input . --still -0.5", 2, "--still is -0.5")])
 def test_edge_run_refuses(words, code, hint, trained, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

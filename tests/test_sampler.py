@@ -557,6 +557,8 @@ def test_a_wrong_task_size_is_refused(kind, size):
     ({"sampler": "edge", "mode": "tiled"}, "--sampler edge and --mode tiled.*leave one out"),
     ({"sampler": "deform", "patch": 64}, "--sampler deform and --patch 64: .*no patches behind them; leave one out"),
     ({"sampler": "marin", "global_patch": "add"}, "--sampler marin and --global-patch add: .*leave one out"),
+    ({"task_size": "64x64"}, "--task-size 64x64 without --sampler: .*Add --sampler deform, or leave it out"),
+    ({"gamma": 2.0}, "--gamma 2.0 without --sampler: "),
     ({"sampler": "deform", "density": 7}, "--density is 7, expected 8 or more"),
     ({"sampler": "deform", "density": -64}, "--density is -64, expected 8 or more"),
     ({"sampler": "deform", "deform_width": 30}, "--deform-width is 30, expected a multiple of 4, such as 32"),

@@ -195,6 +195,7 @@ CHOICES = {
 OF_MODELS = {"head": CLASSIFIERS, "max_boxes": DETECTORS, "stage": GLNETS, "base": GLNETS, "coarse": GLNETS, "focal": GLNETS, "feature": GLNETS,
              "classes": DENSE, "ignore": DENSE, "overlap": DENSE, "dice": PLAIN, "fill": PLAIN,
              **dict.fromkeys(("gradient", "global_patch", "patches", "inner", "draw"), PLAIN + CLASSIFIERS + DETECTORS)}  # flags that only these take
+OF_SAMPLERS = ("task_size", "density", "deform_width", "radius", "edge_loss", "gamma", "gamma_power", "shrink")
 
 
 def check(config):
@@ -237,6 +238,10 @@ def check(config):
             if getattr(config, name) != getattr(TrainConfig(), name):
                 raise UsageError("--sampler %s and --%s %s: the net sees all samples at once, there are no patches behind them; leave one out"
                                  % (config.sampler, name.replace("_", "-"), getattr(config, name)))
+    for name in OF_SAMPLERS:
+        if config.sampler == "none" and getattr(config, name) != getattr(TrainConfig(), name) and not config.resume:
+            raise UsageError("--%s %s without --sampler: nets of patches have no use for it. Add --sampler deform, or leave it out"
+                             % (name.replace("_", "-"), getattr(config, name)))
     for name, models in OF_MODELS.items():
         value = getattr(config, name)
         if value != getattr(TrainConfig(), name) and config.model not in models and (name, value) != ("overlap", 0) and not config.resume:

@@ -65,6 +65,8 @@ def read_classes(data, config):
                        1 if config.classes <= 2 else count, False, (config.ignore,))
     stored = read_json(path, "the class list")
     try:
+        if not isinstance(stored, dict):
+            raise TypeError("it holds a %s" % type(stored).__name__)
         entries = stored["classes"]
         names = tuple(str(entry["name"]) for entry in entries)
         colours = [_colour(entry["colour"]) for entry in entries if "colour" in entry]
