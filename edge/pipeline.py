@@ -143,7 +143,7 @@ class Segmenter:
         self._judged = self.positions
         self._warned, crowded, folded = path.faults(self.positions, self.recipe)
         if self._warned:
-            say("warning: the samples of %s have collapsed (%.0f %% of them in one place, %.0f %% folded over); is it an image like "
+            say("warning: the samples of %s have collapsed (%.1f %% of them on top of each other, %.1f %% folded over); is it an image like "
                 "those of training? This is said once" % (frame.origin, 100 * crowded, 100 * folded))
 
     def attempt(self, work):

@@ -10,10 +10,10 @@ from edge.warp import reference
 
 # When samples are said to be wasted. What one point of a density draws to itself is what lies within its radius: 2 % of the
 # samples at --radius 0.0625, 27 % at 0.25, so a limit in shares of all samples would never be met, or always. In shares of
-# what a point can draw, densities trained on the demo set come to 0.01, on specks of 6 to 14 px in images of 512 px to 0.2,
-# a single node to 0.73 and more.
-CROWDED = 0.5     # of them in the room that a single sample has undeformed
-LEAST_CROWD = 16  # samples there: 4 times as close each way is what a density is for
+# what a point can draw, densities trained on the seeded set and on vessels come to 0, their smallest cells to 0.018; a
+# single node to 0.12 (near a corner, where its mirror image draws too) and, mostly, to 0.4 and more.
+CROWDED = 0.1     # of them on top of each other
+LEAST_CROWD = 16  # cells of them: fewer are no loss
 FOLDED = 0.01     # of the grid's cells turned over: trained ones have none; un-warping takes the first of two samples
 
 
@@ -94,7 +94,7 @@ def look(picture, recipe, logits_of, lap, still, pixels, place):
 
 
 def faults(positions, recipe):
-    """(whether too many samples are wasted, share of them that is in one sample's room, share of the grid's cells that is
+    """(whether too many samples are wasted, shares of the grid's cells whose samples are on top of each other, and that are
     folded) of a grid (th, tw, 2) made by a density as in the WarpRecipe."""
     found, samples = reference.faults(positions), positions[..., 0].size
     drawn = np.prod([min(1.0, (2 * reach + 1.0) / nodes) for reach, nodes in zip(recipe.radius, recipe.density)])

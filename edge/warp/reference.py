@@ -13,6 +13,7 @@ from edge.images import ArrayPicture
 from edge.scores import labels_of
 
 EMPTY = 1e-30      # a node with less density about it stays where it is
+TINY_CELL = 1 / 256.0  # area of a cell whose samples are 16 times as close each way as undeformed: no density asks for that
 BLOCK_ROWS = 128   # of a picture that is read in parts, as the tile store and large PNG files are
 BAND_PX = 1 << 16  # pixels un-warped at a time: arrays of them stay in a processor's cache
 
@@ -78,7 +79,7 @@ class Faults(NamedTuple):
     """What is wrong with a grid; a cell is the quadrangle of four neighbouring samples."""
     folded: int      # cells with a corner turned over, by more than the rounding of positions
     smallest: float  # area of the smallest cell, 1 for undeformed
-    crowded: float   # largest share of the samples in the room that one of them would take undeformed
+    crowded: float   # share of the cells that are all but nothing, TINY_CELL or less: samples on top of each other, at a point or a line
 
 
 def faults(positions):
@@ -90,9 +91,8 @@ def faults(positions):
              - down[:, left:tw - 1 + left, 1] * right[top:th - 1 + top, :, 0] for top in (0, 1) for left in (0, 1)]
     folded = np.min(turns, axis=0) < -1e-3
     areas = (turns[0] + turns[3]) / 2
-    room = np.clip(p.astype(np.int64), 0, (th - 1, tw - 1))
-    crowd = int(np.bincount((room[..., 0] * tw + room[..., 1]).ravel()).max())
-    return Faults(int(folded.sum()), float(areas.min()) if areas.size else 1.0, crowd / float(th * tw))
+    tiny = int((np.abs(areas) < TINY_CELL).sum())
+    return Faults(int(folded.sum()), float(areas.min()) if areas.size else 1.0, tiny / float(max(1, areas.size)))
 
 
 # --- picture -> samples -------------------------------------------------------------------------------------------
