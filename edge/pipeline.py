@@ -143,8 +143,8 @@ class Segmenter:
         self._judged = self.positions
         self._warned, crowded, folded = path.faults(self.positions, self.recipe)
         if self._warned:
-            say("warning: the samples of %s have collapsed (%.1f %% of them on top of each other, %.1f %% folded over); is it an image like "
-                "those of training? This is said once" % (frame.origin, 100 * crowded, 100 * folded))
+            say("warning: %.1f %% of the samples of %s have collapsed onto each other, %.1f %% are folded over: things may be missed where there "
+                "are none. Is it an image like those of training? This is said once" % (100 * crowded, frame.origin, 100 * folded))
 
     def attempt(self, work):
         """work(), which takes one frame through this pipeline. One with another model at hand may call it again: edge.shelf."""

@@ -267,7 +267,7 @@ def test_density_is_bright_where_samples_are_close():
     picture = np.full((120, 160, 3), 100, np.uint8)
     even, least, most = warp_pictures.density(picture, reference.own_positions(48, 64))
     assert abs(least - 1) < 1e-3 > abs(most - 1) and np.ptp(even.reshape(-1, 3), axis=0).max() <= 1
-    positions = reference.grid(reference.softmax(spike(5, 16)), 48, 64, 4, 4)  # the node at 8.5/16, 5.5/16
+    positions = reference.grid(reference.softmax(spike(5, 8, 5, 16)), 48, 64, 4, 4)  # the node at 8.5/16, 5.5/16
     heat, least, most = warp_pictures.density(picture, positions)
     assert least < 0.8 and most > 4
     bright = heat.sum(axis=2, dtype=int)
@@ -293,8 +293,10 @@ def trained(folder, csv, *flags):
     with open(str(folder / "set" / "pairs.csv"), "w") as handle:
         handle.write("image,mask,split\n" + "".join("images/%02d.png,masks/%02d.png,%s\n" % (i, i, split)
                                                     for i, split in enumerate(csv)))
-    words = ("--data", data, "--out", folder / "runs", "--name", "run", "--res", 56, "--width", 4, "--task-size", "32x32",
-             "--density", 16, "--deform-width", 8, "--epochs", 2, "--threads", 1) + flags
+    words = ("--data", data, "--out", folder / "runs", "--name", "run", "--res", 56, "--width", 4, "--epochs", 2,
+             "--threads", 1) + flags
+    if "--sampler" in flags:
+        words += ("--task-size", "32x32", "--density", 16, "--deform-width", 8)
     assert run.main([str(word) for word in words]) == 0
     return json.loads((folder / "runs" / "run" / "summary.json").read_text())
 

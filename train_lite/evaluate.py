@@ -189,9 +189,9 @@ class SampleScores:
         faulty = sorted((entry for entry in self.faults if entry[0]), key=lambda entry: entry[1:])
         if faulty:
             _wrong, crowded, folded, name = faulty[-1]
-            say("warning: the samples of %d of %d images have collapsed (worst: %s, %.1f %% of them on top of each other, "
-                "%.1f %% folded over): %s" % (len(faulty), len(self.faults), name, 100 * crowded, 100 * folded,
-                                      "take a smaller --lr" if self.kind == "marin" else "take a smaller --radius"))
+            say("warning: samples of %d of %d images have collapsed onto each other (worst: %s, %.1f %% of its samples, %.1f %% folded over): "
+                "a smaller --%s may spread them" % (len(faulty), len(self.faults), name, 100 * crowded, 100 * folded,
+                                                    "lr" if self.kind == "marin" else "radius"))
         return {"low_res": _iou_f1(self.low), "ceiling": None if self.best is None else _iou_f1(self.best), "faulty": len(faulty)}
 
 

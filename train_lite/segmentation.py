@@ -76,7 +76,7 @@ class Segmentation(Problem):
         config = self.config
         if not self.sampler:
             return SegmentationLoss(self.classes.outputs, config.dice)
-        gamma = config.gamma if config.gamma >= 0 else GAMMA[config.edge_loss]
+        gamma = config.gamma if config.gamma >= 0 else 1.0 if config.sampler == "marin" else GAMMA[config.edge_loss]
         return EdgeLoss(self.classes.outputs, config.dice,
                         lambda: gamma * (1 - state.step / float(self.steps)) ** config.gamma_power)
 

@@ -15,12 +15,14 @@ def softmax(logits):
 
 def moments(density, radius):
     """Down each column of (n, m): sum_r K(r) d(i + r) and sum_r r K(r) d(i + r), (n, m) each."""
-    n, steps = len(density), np.arange(1, radius + 1)
-    mirrored = [torch.from_numpy(reflect(np.add.outer(np.arange(n), sign * steps).ravel(), n)) for sign in (1, -1)]
-    ahead, behind = [density[index.to(density.device)].view(n, radius, -1) for index in mirrored]
+    own, steps = np.arange(len(density)), np.arange(1, radius + 1)
     weights = reference.kernel(radius)[radius + 1:]
-    return (density + torch.tensordot(ahead + behind, _like(weights, density), ([1], [0])),
-            torch.tensordot(ahead - behind, _like(weights * steps, density), ([1], [0])))
+    blurred, lever = density, 0
+    for r, weight, arm in zip(steps, weights.tolist(), (weights * steps).tolist()):
+        ahead, behind = [density[torch.from_numpy(reflect(at, len(own))).to(density.device)] for at in (own + r, own - r)]
+        blurred = blurred + (ahead + behind) * weight
+        lever = lever + (ahead - behind) * arm
+    return blurred, lever
 
 
 def displacement(density, radius_y, radius_x):

@@ -16,6 +16,8 @@ EMPTY = 1e-30      # a node with less density about it stays where it is
 TINY_CELL = 1 / 256.0  # area of a cell whose samples are 16 times as close each way as undeformed: no density asks for that
 BLOCK_ROWS = 128   # of a picture that is read in parts, as the tile store and large PNG files are
 BAND_PX = 1 << 16  # pixels un-warped at a time: arrays of them stay in a processor's cache
+CLOSE = 0.05       # share of the samples that may be closer together than the mesh's points
+MESH_POINTS = 1 << 16  # so many are cheap whatever the task; of more, there are four to a sample at most
 
 
 # --- density -> grid ----------------------------------------------------------------------------------------------
@@ -37,13 +39,14 @@ def kernel(radius):
 
 def moments(density, radius):
     """Down the columns of d (n, m), mirrored at the border nodes: sum K(r) d(i + r) and sum r K(r) d(i + r), (n, m) each."""
-    n, steps = len(density), np.arange(1, radius + 1)
-    ahead, behind = [density[reflect(np.add.outer(np.arange(n), sign * steps).ravel(), n)].reshape(n, radius, -1)
-                     for sign in (1, -1)]
+    own, steps = np.arange(len(density)), np.arange(1, radius + 1)
     weights = kernel(radius)[radius + 1:].astype(density.dtype)
-    # the difference first: a flat density then moves nothing, not even by a rounding error
-    return (density + np.tensordot(ahead + behind, weights, (1, 0)),
-            np.tensordot(ahead - behind, weights * steps.astype(density.dtype), (1, 0)))
+    blurred, lever = density, 0
+    for r, weight, arm in zip(steps, weights, weights * steps.astype(density.dtype)):  # all at once would take `radius` times the memory
+        ahead, behind = density[reflect(own + r, len(own))], density[reflect(own - r, len(own))]
+        blurred = blurred + (ahead + behind) * weight
+        lever = lever + (ahead - behind) * arm  # the difference first: a flat density then moves nothing, not even by a rounding error
+    return blurred, lever
 
 
 def displacement(density, radius_y, radius_x):
@@ -148,8 +151,12 @@ def sample_labels(picture, positions):
 # px of the scores padded by one on every side: no tap needs a test, and truncation rounds down.
 
 def mesh_step(positions, height, width):
-    """px between two points of the mesh: 8, or 4 where samples are less than 4 px apart."""
-    return 8 if height * width >= 16 * positions.shape[0] * positions.shape[1] else 4
+    """px between two points of the mesh: the largest of 8, 4 and 2 that nearly all neighbouring samples are apart, down the columns
+    and along the rows; larger where there would be too many points."""
+    finest = np.sqrt(height * width / float(max(MESH_POINTS, 4 * positions[..., 0].size)))
+    apart = [np.abs(np.diff(positions[..., axis], axis=axis)) * size for axis, size in enumerate((height, width))]
+    fits = [step for step in (8, 4) if step / 2.0 < finest or all((gaps < 0.99 * step).sum() <= CLOSE * gaps.size for gaps in apart)]
+    return max(fits + [2])
 
 
 def inverse(positions, height, width):
