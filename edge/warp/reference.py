@@ -16,7 +16,8 @@ EMPTY = 1e-30      # a node with less density about it stays where it is
 TINY_CELL = 1 / 256.0  # area of a cell whose samples are 16 times as close each way as undeformed: no density asks for that
 BLOCK_ROWS = 128   # of a picture that is read in parts, as the tile store and large PNG files are
 BAND_PX = 1 << 16  # pixels un-warped at a time: arrays of them stay in a processor's cache
-CLOSE = 0.05       # share of the samples that may be closer together than the mesh's points
+CLOSE = 0.05       # share of the samples that may be closer to the next than the mesh's points
+BENT = 0.75        # of the undeformed distance between samples
 MESH_POINTS = 1 << 16  # so many are cheap whatever the task; of more, there are four to a sample at most
 
 
@@ -151,11 +152,14 @@ def sample_labels(picture, positions):
 # px of the scores padded by one on every side: no tap needs a test, and truncation rounds down.
 
 def mesh_step(positions, height, width):
-    """px between two points of the mesh: the largest of 8, 4 and 2 that nearly all neighbouring samples are apart, down the columns
-    and along the rows; larger where there would be too many points."""
+    """px between two points of the mesh: the largest of 8, 4 and 2 than which few samples are closer to the next, down the columns and
+    along the rows; larger where that would make too many points. What is as far apart as undeformed needs no finer mesh: between
+    such samples the inverse is linear."""
     finest = np.sqrt(height * width / float(max(MESH_POINTS, 4 * positions[..., 0].size)))
-    apart = [np.abs(np.diff(positions[..., axis], axis=axis)) * size for axis, size in enumerate((height, width))]
-    fits = [step for step in (8, 4) if step / 2.0 < finest or all((gaps < 0.99 * step).sum() <= CLOSE * gaps.size for gaps in apart)]
+    apart = [(np.abs(np.diff(positions[..., axis], axis=axis)) * size, BENT * size / float(positions.shape[axis]))
+             for axis, size in enumerate((height, width))]
+    fits = [step for step in (8, 4) if step / 2.0 < finest or all(
+        (gaps < min(step, bent)).sum() <= CLOSE * gaps.size for gaps, bent in apart)]
     return max(fits + [2])
 
 
