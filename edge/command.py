@@ -82,7 +82,7 @@ def from_json(path, defaults, choices):
 def read_json(path, what):
     """The object in a JSON file. Raises BadFile when it is missing, unreadable or no JSON."""
     try:
-        with open(path, encoding="utf-8") as handle:
+        with open(path, encoding="utf-8-sig") as handle:  # some editors begin with a mark
             return json.load(handle, parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as exc:
         raise BadFile("cannot read %s: %s: %s" % (what, path, exc)) from exc

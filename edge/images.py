@@ -23,6 +23,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, At
 
 Image.MAX_IMAGE_PIXELS = None  # the limits above take its place; Pillow's would refuse the images we exist for
 OVERLAY_OPACITY = 0.5
+ORIENTATION = 274  # the EXIF tag
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -87,6 +88,16 @@ def photo_header(path):
             return (height, width, bands) if believable else None
     except DAMAGE:
         return None
+
+
+def orientation(path):
+    """How a viewer turns an image: its EXIF flag, 2 to 8; 1, not at all, where it has none. Nothing here turns it."""
+    try:
+        with Image.open(path) as image:
+            turn = image.getexif().get(ORIENTATION, 1)
+    except DAMAGE:
+        return 1
+    return turn if turn in range(2, 9) else 1
 
 
 def open_mask(path, colours):

@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+from PIL import Image
 
 from conftest import real_data
 from edge.errors import BadFile, UsageError
@@ -288,6 +289,11 @@ def test_yolo_names_elsewhere(tmp_path):
     for text in ("names: []", "names: [cat, cat]", "names: [cat, '', dog]"):
         put(tmp_path / "unfit", dict(files, **{"data.yaml": text}))
         refused(str(tmp_path / "unfit"), "data.yaml")
+    for text, names in (("names: ['cat, wild', 'dog''s']", ("cat, wild", "dog's")), ("names: [cat, dog]\nold:\n  names: [x, y]", ("cat", "dog"))):
+        put(tmp_path / "quoted", dict(files, **{"data.yaml": text}))
+        assert boxed.find(str(tmp_path / "quoted"), 0.0)[1].names == names
+    put(tmp_path / "count", dict(files, **{"data.yaml": "nc: 3\nnames: [cat, dog]"}))
+    refused(str(tmp_path / "count"), "nc is 3, and there are 2 names: cat, dog")
     put(tmp_path / "few", dict(files, **{"data.yaml": "names: [cat]"}))
     refused(str(tmp_path / "few"), "has the class 1; expected 0 to 0, the names in", "data.yaml")
 
@@ -391,6 +397,60 @@ def test_yolo_folders_called_valid(images, labels, tmp_path):
         files[images % split + "/%s.jpg" % split], files[labels % split + "/%s.txt" % split] = "", "0 0.5 0.5 0.2 0.2"
     pairs, _classes = boxed.find(put(tmp_path, files))
     assert [(os.path.basename(pair.name), pair.split, len(pair.boxes)) for pair in pairs] == [("train", "train", 1), ("valid", "val", 1)]
+
+
+@pytest.mark.parametrize("orientation, size, shape, fits", [
+    (1, (), (60, 100), True), (6, (), (60, 100), False), (3, (), (60, 100), False), (3, (100, 60), (60, 100), False),
+    (6, (100, 60), (60, 100), True), (6, (60, 60), (60, 60), False), (8, (200, 120), (60, 100), True)])
+def test_images_turned_by_a_flag(orientation, size, shape, fits, tmp_path):
+    """Where nothing says whether the boxes are turned too, nobody may guess."""
+    path = str(tmp_path / "a.jpg")
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", shape[::-1]).save(path, exif=exif)
+    pair = Pair("a", path, "", "train", boxes=(Box(0, 0.1, 0.1, 0.5, 0.5),), size=size)
+    demand_sizes([pair._replace(boxes=(), size=())], [shape + (False,)])
+    if fits:
+        demand_sizes([pair], [shape + (False,)])
+    else:
+        with pytest.raises(BadFile, match=r"a\.jpg: orientation %d(.|\n)*auto-orient(.|\n)*exiftool" % orientation):
+            demand_sizes([pair], [shape + (False,)])
+
+
+def test_splits_that_are_written_down_are_taken(tmp_path):
+    """COCO's valid.json, Pascal VOC's trainval.txt; lists in a data.yaml are refused."""
+    pairs, _classes = boxed.find(put(tmp_path / "coco", dict({"train.json": coco(), "validation.json": coco(("c.jpg", "d.jpg"))},
+                                                             **{stem + ".jpg": "" for stem in "abcd"})), 0.0)
+    assert [pair.split for pair in pairs] == ["train", "train", "val", "val"]
+    files = {"%s/%s%s" % (folder, stem, ending): text for stem in "abcd" for folder, ending, text in (
+        ("JPEGImages", ".jpg", ""), ("Annotations", ".xml", voc(("x", 1, 1, 5, 5))))}
+    for lists, splits in (({"trainval": "a\nb"}, {"a": "train", "b": "train"}),
+                          ({"trainval": "a\nb\nc", "val": "b", "test": "d"}, {"a": "train", "b": "val", "c": "train", "d": "test"}),
+                          ({"train": "a", "trainval": "a\nb"}, {"a": "train"})):
+        place = put(tmp_path / str(len(lists)) / "-".join(lists), dict(files, **{"ImageSets/Main/%s.txt" % name: text for name, text in lists.items()}))
+        pairs, _classes = boxed.find(place, 0.0)
+        assert {os.path.basename(pair.name): pair.split for pair in pairs} == splits
+    yolo = put(tmp_path / "yolo", {"images/a.jpg": "", "labels/a.txt": "0 0.5 0.5 0.2 0.2", "data.yaml": "names: [cat]\ntrain: lists/train.txt\n"})
+    with pytest.raises(BadFile, match="its splits are lists, such as lists/train.txt; expected folders"):
+        boxed.find(yolo)
+
+
+def test_class_lists_that_disagree(tmp_path):
+    files = {"%s/%s/a%s" % (split, folder, ending): text for split in ("train", "val") for folder, ending, text in (
+        ("images", split + ".jpg", ""), ("labels", split + ".txt", "1 0.5 0.5 0.2 0.2"))}
+    files.update({"train/labels/classes.txt": "cat\ndog", "val/labels/classes.txt": "dog\ncat"})
+    with pytest.raises(BadFile, match="val/labels/classes.txt: its classes are not those of .*train/labels/classes.txt"):
+        boxed.find(put(tmp_path / "two", files))
+    files.update({"val/labels/classes.txt": "cat\ndog", "data.yaml": "names: [horse, cow]"})
+    with pytest.raises(BadFile, match="data.yaml: its classes are not those of"):
+        boxed.find(put(tmp_path / "yaml", files))
+    pairs, _classes = boxed.find(put(tmp_path / "same", dict(files, **{"data.yaml": "nc: 2\nnames: [cat, 'dog']"})))
+    assert len(pairs) == 2
+
+
+def test_images_in_deeper_folders_are_spoken_of(tmp_path, capsys):
+    boxed.find(put(tmp_path, {"classes.txt": "cat", "images/a.jpg": "", "images/more/b.jpg": "", "labels/a.txt": "0 0.5 0.5 0.2 0.2"}), 0.0)
+    assert "images/more is not used" in capsys.readouterr().err
 
 
 def test_boxes_drawn_on_an_image_of_another_shape(tmp_path):

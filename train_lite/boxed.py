@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 from edge.command import read_json, say
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE
-from train_lite.dataset import MOST_CLASSES, SHADES, SPLITS, Box, Classes, Pair, hold_out, split_folders
+from train_lite.dataset import CALLED_VAL, MOST_CLASSES, SHADES, SPLITS, Box, Classes, Pair, hold_out, split_folders, voc_lists, warn_of_deeper
 
 BEYOND_PX, BEYOND_SHARE = 1.0, 0.005  # by so much a box may leave its image, and is cut off; the share where sizes are not known
 LARGEST = 1e9                         # a number that is not below it is no size and no place; nor is NaN
@@ -15,7 +15,7 @@ LAYOUTS = """expected one of
     or the only .json of DIR and DIR/annotations; images beside the file or in images, ../images, ../train2017, ../train,
   YOLO: DIR/images + DIR/labels, DIR/train/images + DIR/train/labels or DIR/images/train + DIR/labels/train (and val, test),
     with DIR/classes.txt, or
-  Pascal VOC: JPEGImages, Annotations/*.xml, ImageSets/Main/{train,val,test}.txt"""
+  Pascal VOC: JPEGImages, Annotations/*.xml, ImageSets/Main/{train,val,test,trainval}.txt"""
 
 
 def find(data, val_share=0.2, group_by=""):
@@ -81,13 +81,17 @@ def _pair(root, image, split, boxes=(), size=()):
 
 
 def _lines(path, problems):
-    """The lines of a text file, stripped, without the empty ones at its end."""
+    """The lines of a text file, without what is blank at their ends, and without the empty ones at its end."""
+    return [line.strip() for line in _text(path, problems).rstrip().splitlines()]
+
+
+def _text(path, problems):
     try:
         with open(path, encoding="utf-8-sig") as handle:
-            return [line.strip() for line in handle.read().rstrip().splitlines()]
+            return handle.read()
     except (OSError, UnicodeDecodeError) as exc:
         problems.append("%s: cannot be read as text: %s; expected UTF-8" % (path, exc))
-        return []
+        return ""
 
 
 def _names(path, problems):
@@ -124,8 +128,8 @@ def _coco_files(data):
     found, folder = [], os.path.join(data, "annotations")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     for split in SPLITS:
-        plain = os.path.join(data, split + ".json")
-        own = [plain] if os.path.isfile(plain) else [
+        plain = [os.path.join(data, name + ".json") for name in (CALLED_VAL if split == "val" else (split,))]
+        own = [path for path in plain if os.path.isfile(path)] or [
             os.path.join(folder, name) for name in names if name.startswith("instances_" + split) and name.endswith(".json")]
         if len(own) > 1:
             raise BadFile("%s has several files of the split %s: %s; expected one. Remove the others, or give one: "
@@ -263,6 +267,7 @@ def _yolo(data, places, problems):
         if missing:
             problems.append("no such folder: %s; expected images and labels side by side" % missing[0])
             continue
+        warn_of_deeper([images])
         photos, texts = _by_stem(images, READABLE, problems), _by_stem(labels, (".txt",), problems)
         if "classes" not in photos:
             texts.pop("classes", None)  # where some programs put the names
@@ -281,35 +286,56 @@ def _yolo(data, places, problems):
 
 def _yolo_names(data, places, problems):
     """The class names and the file that they are from: lines of a classes.txt, in the folder or beside the labels, or the `names` of
-    a data.yaml."""
-    for path in [os.path.join(data, "classes.txt")] + [os.path.join(labels, "classes.txt") for _images, labels, _split in places]:
-        if os.path.isfile(path):
-            return _names(path, problems), path
-    yaml = os.path.join(data, "data.yaml")
-    if not os.path.isfile(yaml):
-        problems.append("%s: no such file; expected one class name per line, or a data.yaml with names" % os.path.join(data, "classes.txt"))
+    a data.yaml. Where there are several, they must be the same."""
+    yaml, paths = os.path.join(data, "data.yaml"), [os.path.join(folder, "classes.txt") for folder in [data] + [place[1] for place in places]]
+    found = [(_names(path, problems), path) for path in paths if os.path.isfile(path)]
+    if os.path.isfile(yaml):
+        found.append((_yaml_names(yaml, [] if found else problems), yaml))
+        lists = re.findall(r"^(?:train|val|test)\s*:\s*(.+\.txt)\W*$", _text(yaml, []), re.MULTILINE)
+        problems += ["%s: its splits are lists, such as %s; expected folders: train/images, train/labels, val/images, ..." % (yaml, lists[0])
+                     ] if lists else []
+    if not found:
+        problems.append("%s: no such file; expected one class name per line, or a data.yaml with names" % paths[0])
         return [], yaml
-    found, inside = {}, False
-    for line in _lines(yaml, problems):
-        line = (" " + line).split(" #")[0].strip()
+    names, source = found[0]
+    problems += ["%s: its classes are not those of %s; expected the same, in the same order" % (path, source)
+                 for other, path in found[1:] if other and other != names]
+    return names, source
+
+
+def _yaml_names(path, problems):
+    """The `names` of a data.yaml: a list, in one line or several, or a number for each."""
+    found, inside, count = {}, False, None
+    for line in _text(path, problems).splitlines():
+        line = (" " + line).split(" #")[0].rstrip()[1:]
         if not line:
             continue
         if re.match(r"names\s*:", line):
             inside, listed = True, re.match(r"names\s*:\s*\[(.*)\]$", line)
-            parts = [part.strip().strip("'\"") for part in listed.group(1).split(",")] if listed else []
-            found.update(enumerate(parts[:-1] if parts and not parts[-1] else parts))  # a comma may end the list
+            parts = re.findall(r"""\s*('(?:[^']|'')*'|"[^"]*"|[^,]+)\s*(?:,|$)""", listed.group(1)) if listed else []
+            found.update(enumerate(_unquoted(part) for part in parts))
         elif inside:
-            entry = re.match(r"(?:-|(\d+)\s*:)\s+(.+)$", line)
-            if not entry:
-                inside = False
-                continue
-            found[int(entry.group(1)) if entry.group(1) else len(found)] = entry.group(2).strip("'\"")
+            entry = re.match(r"\s*(?:-|(\d+)\s*:)\s+(.+)$", line)
+            if entry:
+                found[int(entry.group(1)) if entry.group(1) else len(found)] = _unquoted(entry.group(2))
+            inside = bool(entry)
+        counted = re.match(r"nc\s*:\s*(\d+)$", line)
+        count = int(counted.group(1)) if counted else count
     if sorted(found) != list(range(len(found))) or not found:
-        problems.append("%s: its names are no list; expected names: [one, two], or a line for each" % yaml)
-        return [], yaml
+        problems.append("%s: its names are no list; expected names: [one, two], or a line for each" % path)
+        return []
+    if count not in (None, len(found)):
+        problems.append("%s: nc is %d, and there are %d names: %s; expected as many" % (path, count, len(found), ", ".join(found.values())))
     names = [found[index] for index in range(len(found))]
-    problems += ["%s: class %d is called %r; expected a name of its own" % (yaml, at, name) for at, name in _unfit(names)]
-    return names, yaml
+    problems += ["%s: class %d is called %r; expected a name of its own" % (path, at, name) for at, name in _unfit(names)]
+    return names
+
+
+def _unquoted(text):
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1].replace("''", "'") if text[0] == "'" else text[1:-1]
+    return text
 
 
 def _yolo_box(line, names, source):
@@ -331,9 +357,11 @@ def _voc(data, problems):
                  for folder in folders if not os.path.isdir(folder)]
     photos, texts = (_by_stem(folder, endings, problems) if os.path.isdir(folder) else {}
                      for folder, endings in zip(folders, (READABLE, (".xml",))))
-    lists = [(os.path.join(data, "ImageSets", "Main", split + ".txt"), split) for split in SPLITS]
-    lists = [(path, split) for path, split in lists if os.path.isfile(path)]
-    wanted = [(stem, split, " (%s)" % path) for path, split in lists for stem in _lines(path, problems) if stem]
+    lists = [(path, split, [stem for stem in _lines(path, problems) if stem])
+             for path, split in voc_lists(os.path.join(data, "ImageSets", "Main"))]
+    held = {stem for path, split, stems in lists for stem in stems if split != "train"}  # a trainval.txt has them too
+    wanted = [(stem, split, " (%s)" % path) for path, split, stems in lists for stem in stems
+              if not (path.endswith("trainval.txt") and stem in held)]
     if not lists:
         wanted = [(stem, "train", "") for stem in sorted(set(photos) | set(texts))]
     pairs, found = [], set()

@@ -4,12 +4,13 @@ import os
 import re
 from typing import NamedTuple
 
-from edge.command import read_json
+from edge.command import read_json, say
 from edge.errors import BadFile, UsageError, raise_all
-from edge.images import READABLE
+from edge.images import READABLE, orientation
 
 IGNORE = 255  # class id of pixels that count nowhere: unlabelled, or owned by another tile
 SPLITS = ("train", "val", "test")
+CALLED_VAL = ("val", "valid", "validation")
 MOST_CLASSES = 250  # masks hold class ids in a byte, contracts as many names
 IMAGE_FOLDERS = ("image", "images", "JPEGImages")
 MASK_FOLDERS = ("mask", "masks", "labels", "SegmentationClass")
@@ -135,7 +136,7 @@ def csv_rows(path, files, others, layouts):
 def split_folders(data):
     """[(folder, split)] of a folder's train, val and test, there or not. val may be called valid or validation. Raises BadFile where
     it is there twice."""
-    names = [name for name in ("val", "valid", "validation") if os.path.isdir(os.path.join(data, name))] or ["val"]
+    names = [name for name in CALLED_VAL if os.path.isdir(os.path.join(data, name))] or ["val"]
     if len(names) > 1:
         raise BadFile("%s has the folders %s; expected one for validation. Remove or merge the others" % (data, " and ".join(names)))
     return [(os.path.join(data, name), split) for name, split in zip(("train", names[0], "test"), SPLITS)]
@@ -148,17 +149,44 @@ def demand_empty(out, hint=""):
 
 
 def demand_sizes(pairs, headers):
-    """Raise BadFile where boxes were drawn on an image of another shape than the file has (another size alone is the same picture).
+    """Raise BadFile where boxes were drawn on an image of another shape than the file has (another size alone is the same picture), and
+    where a file is turned by a flag and nothing says whether its boxes are.
     headers: of images.photo_header, None where that is not known."""
-    problems = []
+    problems, unclear = [], []
     for pair, header in zip(pairs, headers):
-        if pair.size and header:
-            (drawn_w, drawn_h), (height, width) = pair.size, header[:2]
-            if abs(drawn_w * height - drawn_h * width) > max(drawn_w, drawn_h, width, height):  # more than rounding
-                problems.append("%s is %dx%d px, its boxes were drawn on %gx%g px" % (pair.image, width, height, drawn_w, drawn_h))
+        if not header or not (pair.size or pair.boxes):
+            continue
+        height, width = header[:2]
+        drawn_w, drawn_h = pair.size or (width, height)
+        if abs(drawn_w * height - drawn_h * width) > max(drawn_w, drawn_h, width, height):  # more than rounding
+            problems.append("%s is %dx%d px, its boxes were drawn on %gx%g px" % (pair.image, width, height, drawn_w, drawn_h))
+        elif pair.boxes:
+            turn = orientation(pair.image)
+            if turn != 1 and (turn < 5 or not pair.size or width == height):
+                unclear.append("%s: orientation %d" % (pair.image, turn))
     raise_all(problems, "some images do not have the shape that their boxes were drawn on",
               "Is it turned by a flag in the file (EXIF), which is not followed here? Turn its pixels, such as with mogrify -auto-orient, "
               "or correct the size in the annotation.")
+    raise_all(unclear, "some images are turned by a flag in the file (EXIF), and nothing says whether their boxes are",
+              "Where boxes were drawn on what a viewer shows, turn the pixels: mogrify -auto-orient FILE. Where they were drawn on the pixels "
+              "as stored, take the flag away: exiftool -Orientation= FILE.")
+
+
+def voc_lists(folder):
+    """[(path, split)] of a Pascal VOC folder of lists. trainval.txt serves where there is no train.txt; what val.txt names is not
+    trained on then."""
+    first = "train" if os.path.isfile(os.path.join(folder, "train.txt")) else "trainval"
+    paths = [(os.path.join(folder, name + ".txt"), split) for name, split in zip((first,) + SPLITS[1:], SPLITS)]
+    return [(path, split) for path, split in paths if os.path.isfile(path)]
+
+
+def warn_of_deeper(folders):
+    """Say which of the folders of images hold folders: what is in those is not used."""
+    found = sorted(os.path.join(folder, name) for folder in folders for name in os.listdir(folder)
+                   if name[0] != "." and os.path.isdir(os.path.join(folder, name)))
+    if found:
+        say("warning: what is in %s%s is not used: images are looked for one folder up" % (
+            found[0], " and %d more folders" % (len(found) - 1) if len(found) > 1 else ""))
 
 
 def _from_folders(data):
@@ -207,18 +235,16 @@ def _match(data, images, masks, split, problems):
 
 def _voc_splits(data, pairs):
     lists = os.path.join(data, "ImageSets", "Segmentation")
-    if not os.path.isdir(lists):
+    found, named = voc_lists(lists), {}
+    if not found:
         return pairs
-    named = {}
-    for split in SPLITS:
-        path = os.path.join(lists, split + ".txt")
-        if os.path.isfile(path):
-            try:
-                with open(path, encoding="utf-8-sig") as handle:
-                    named.update((line.strip(), split) for line in handle if line.strip())
-            except (OSError, UnicodeDecodeError) as exc:
-                raise BadFile("%s cannot be read as text: %s; expected one image name per line, in UTF-8" % (path, exc)) from exc
-    raise_all(["%s (%s.txt)" % (n, s) for n, s in sorted(named.items()) if n not in {p.name for p in pairs}],
+    for path, split in found:
+        try:
+            with open(path, encoding="utf-8-sig") as handle:
+                named.update((line.strip(), split) for line in handle if line.strip())
+        except (OSError, UnicodeDecodeError) as exc:
+            raise BadFile("%s cannot be read as text: %s; expected one image name per line, in UTF-8" % (path, exc)) from exc
+    raise_all(["%s (%s)" % (n, s) for n, s in sorted(named.items()) if n not in {p.name for p in pairs}],
               "%s lists images that have no image or mask file" % lists, "Add the files, or take the names off the lists.")
     return [pair._replace(split=named[pair.name]) for pair in pairs if pair.name in named]
 

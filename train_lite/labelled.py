@@ -3,7 +3,7 @@ import os
 
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE
-from train_lite.dataset import MOST_CLASSES, SHADES, Classes, Pair, csv_rows, hold_out, split_folders
+from train_lite.dataset import MOST_CLASSES, SHADES, Classes, Pair, csv_rows, hold_out, split_folders, warn_of_deeper
 
 LAYOUTS = """expected one of
   DIR/train/CLASS/*.jpg (and val/CLASS, test/CLASS), DIR/CLASS/*.jpg,
@@ -65,6 +65,7 @@ def _from_folders(data):
             if os.path.isdir(place) else []
         known = known or set(classes)
         problems += ["%s: no such class in %s" % (os.path.join(place, name), places[0][0]) for name in sorted(set(classes) - known)]
+        warn_of_deeper([os.path.join(place, name) for name in classes])
         for name in classes:
             files = [file for file in sorted(os.listdir(os.path.join(place, name))) if file.lower().endswith(READABLE)]
             if not files:
