@@ -286,7 +286,7 @@ def test_yolo_names_elsewhere(tmp_path):
     for text in ("names:\n  # two of them\n  - cat\n\n  - dog # the second\n", "names: ['cat', 'dog',]"):
         put(tmp_path / "gaps", dict(files, **{"data.yaml": text}))
         assert boxed.find(str(tmp_path / "gaps"), 0.0)[1].names == ("cat", "dog")
-    for text in ("names: []", "names: [cat, cat]", "names: [cat, '', dog]"):
+    for text in ("names: []", "names: [cat, cat]", "names: [cat, '', dog]", "names: [cat,,dog]", "names: [cat, , dog]"):
         put(tmp_path / "unfit", dict(files, **{"data.yaml": text}))
         refused(str(tmp_path / "unfit"), "data.yaml")
     for text, names in (("names: ['cat, wild', 'dog''s']", ("cat, wild", "dog's")), ("names: [cat, dog]\nold:\n  names: [x, y]", ("cat", "dog"))):

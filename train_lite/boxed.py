@@ -312,7 +312,7 @@ def _yaml_names(path, problems):
             continue
         if re.match(r"names\s*:", line):
             inside, listed = True, re.match(r"names\s*:\s*\[(.*)\]$", line)
-            parts = re.findall(r"""\s*('(?:[^']|'')*'|"[^"]*"|[^,]+)\s*(?:,|$)""", listed.group(1)) if listed else []
+            parts = re.findall(r"""\s*('(?:[^']|'')*'|"[^"]*"|[^,]+|(?=,))\s*(?:,|$)""", listed.group(1)) if listed else []
             found.update(enumerate(_unquoted(part) for part in parts))
         elif inside:
             entry = re.match(r"\s*(?:-|(\d+)\s*:)\s+(.+)$", line)

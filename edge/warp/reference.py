@@ -13,7 +13,7 @@ from edge.images import ArrayPicture
 from edge.scores import labels_of
 
 EMPTY = 1e-30      # a node with less density about it stays where it is
-TINY_CELL = 1 / 256.0  # area of a cell whose samples are 16 times as close each way as undeformed: no density asks for that
+TINY_CELL = 1 / 256.0  # area of a cell whose samples are 16 times as close each way as undeformed: more than an image has to give
 BLOCK_ROWS = 128   # of a picture that is read in parts, as the tile store and large PNG files are
 BAND_PX = 1 << 16  # pixels un-warped at a time: arrays of them stay in a processor's cache
 CLOSE = 0.05       # share of the samples that may be closer to the next than the mesh's points
