@@ -1,5 +1,6 @@
 """Learned down-sampling: the formulas, numpy = torch = CUDA on every case of warp_cases, and the way back to every pixel."""
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -336,6 +337,17 @@ def test_the_border_takes_the_nearest_samples():
     scores = np.arange(36, dtype=np.float32).reshape(1, 6, 6)
     found = unwarped(scores, grid, (80, 80))[0]
     assert np.allclose(found[:20, :20], 0) and np.allclose(found[-20:, -20:], 35) and np.allclose(found[:20, -20:], 5)
+
+
+def test_a_wide_radius_takes_no_memory():
+    """A density of 256 x 256 nodes that pull over half of it: 256 KB."""
+    field = np.random.RandomState(0).rand(256, 256).astype(np.float32)
+    tracemalloc.start()
+    try:
+        reference.displacement(field, 128, 128)
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_cost_is_linear_in_the_pixels(monkeypatch):

@@ -4,7 +4,7 @@ Only the way down is here: training's loss is taken on the samples. Un-warping s
 import numpy as np
 import torch
 
-from edge.geometry import bilinear_matrix, reflect, to_pixels
+from edge.geometry import bilinear_matrix, to_pixels
 from edge.warp import reference
 
 
@@ -15,14 +15,10 @@ def softmax(logits):
 
 def moments(density, radius):
     """Down each column of (n, m): sum_r K(r) d(i + r) and sum_r r K(r) d(i + r), (n, m) each."""
-    own, steps = np.arange(len(density)), np.arange(1, radius + 1)
-    weights = reference.kernel(radius)[radius + 1:]
-    blurred, lever = density, 0
-    for r, weight, arm in zip(steps, weights.tolist(), (weights * steps).tolist()):
-        ahead, behind = [density[torch.from_numpy(reflect(at, len(own))).to(density.device)] for at in (own + r, own - r)]
-        blurred = blurred + (ahead + behind) * weight
-        lever = lever + (ahead - behind) * arm
-    return blurred, lever
+    blur, lever = (_like(matrix, density) for matrix in reference.arms(len(density), radius, np.float64))
+    least = density.detach().min(0)[0].clamp(min=0)  # it cancels out: no gradient goes that way
+    rest = density - least
+    return float(reference.kernel(radius).sum()) * least + blur @ rest, lever @ rest
 
 
 def displacement(density, radius_y, radius_x):

@@ -3,6 +3,7 @@
 'Learning to Downsample for Segmentation of Ultra-High Resolution Images', Jin et al. 2022, arXiv 2109.11071. A density over
 h x w nodes says where an image deserves samples; each of a task's th x tw samples moves to the mean position of the density
 around it. Positions are (y, x), u in [0, 1] as in edge.geometry: float32, or float64 for a float64 density."""
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -38,16 +39,21 @@ def kernel(radius):
     return np.exp(-4 * np.log(2.0) * (np.arange(-radius, radius + 1) / float(radius)) ** 2)
 
 
+@functools.lru_cache(maxsize=8)
+def arms(n, radius, dtype):
+    """Matrices (n, n) of `dtype` that take a column d, mirrored at its border nodes, to sum K(r) d(i + r) and to sum r K(r) d(i + r)."""
+    found, own = np.zeros((2, n, n)), np.arange(n)
+    for r, weight in zip(range(-radius, radius + 1), kernel(radius)):
+        found[:, own, reflect(own + r, n)] += np.array([[weight], [r * weight]])
+    return found.astype(dtype)
+
+
 def moments(density, radius):
-    """Down the columns of d (n, m), mirrored at the border nodes: sum K(r) d(i + r) and sum r K(r) d(i + r), (n, m) each."""
-    own, steps = np.arange(len(density)), np.arange(1, radius + 1)
-    weights = kernel(radius)[radius + 1:].astype(density.dtype)
-    blurred, lever = density, 0
-    for r, weight, arm in zip(steps, weights, weights * steps.astype(density.dtype)):  # all at once would take `radius` times the memory
-        ahead, behind = density[reflect(own + r, len(own))], density[reflect(own - r, len(own))]
-        blurred = blurred + (ahead + behind) * weight
-        lever = lever + (ahead - behind) * arm  # the difference first: a flat density then moves nothing, not even by a rounding error
-    return blurred, lever
+    """Down the columns of d (n, m): sum K(r) d(i + r) and sum r K(r) d(i + r), (n, m) each."""
+    blur, lever = arms(len(density), radius, density.dtype)
+    least = np.maximum(density.min(axis=0), 0)
+    rest = density - least  # nothing, of a flat density: it then moves nothing, not even by a rounding error
+    return density.dtype.type(kernel(radius).sum()) * least + blur @ rest, lever @ rest
 
 
 def displacement(density, radius_y, radius_x):
