@@ -151,7 +151,8 @@ def assert_cuda_is_numpy(picture, grid, scores):
         out = np.full((3, th, tw), np.nan, dtype)
         launch(kernel, (tw, th), picture, height, width, grid, th, tw, *(scale + shift + [out]))
         assert (out == expected.astype(dtype)).all()
-    step, mesh = reference.mesh_step(grid, height, width), reference.inverse(grid, height, width)
+    step = reference.mesh_step(grid, height, width)
+    mesh = reference.inverse(grid, height, width, step)
     expected = unwarped(scores, grid, (height, width))
     planes = (scores, len(scores), th, tw, mesh, step, height, width)
     for y0 in (0, height // 3):

@@ -51,7 +51,7 @@ class WarpDevice(Device):
 
     def _unwarped(self, kernel, channels, dtype, found, positions, height, width):
         step, (rows, cols) = reference.mesh_step(positions, height, width), positions.shape[:2]
-        mesh = self.sent("mesh", reference.inverse(positions, height, width))
+        mesh = self.sent("mesh", reference.inverse(positions, height, width, step))
         for first, last in reference.bands(height, width, step):
             y0, count = first * step, min(last * step, height) - first * step
             out = self.buffer("un-warped", int(np.prod(channels + (count, width))) * np.dtype(dtype).itemsize)

@@ -169,13 +169,14 @@ def mesh_step(positions, height, width):
     return max(fits + [2])
 
 
-def inverse(positions, height, width):
-    """Where each mesh point of a height x width image lies in the padded scores: (th, tw, 2) -> (2, n, m) float32: y, x.
+def inverse(positions, height, width, step):
+    """Where each mesh point of a height x width image lies in the padded scores: (th, tw, 2) -> (2, n, m) float32: y, x. step: of
+    mesh_step().
 
     Points are at the pixel edges 0, step, 2 step ... and the last. Exact on the task's rows, linear between them along the
     image's columns. Every point gets a place: border samples are carried on to the image's border, and where a grid folds
     back, which the paper's does across its rows only, the first sample to reach a position counts."""
-    (th, tw), step = positions.shape[:2], mesh_step(positions, height, width)
+    th, tw = positions.shape[:2]
     p = np.pad(np.clip(positions.astype(np.float64), 0, 1), ((1, 1), (1, 1), (0, 0)), mode="edge")
     p[0, :, 0], p[-1, :, 0], p[:, 0, 1], p[:, -1, 1] = 0, 1, 0, 1
     rows, cols = [np.concatenate([[0.5], np.arange(1, n + 1), [n + 0.5]]) for n in (th, tw)]
@@ -230,7 +231,8 @@ def bands(height, width, step):
 
 def unwarp(scores, positions, height, width):
     """Scores (C, th, tw) float32 of samples at (th, tw, 2). Yields (y0, (C, h, width) float32), all rows from the top."""
-    step, mesh = mesh_step(positions, height, width), inverse(positions, height, width)
+    step = mesh_step(positions, height, width)
+    mesh = inverse(positions, height, width, step)
     padded = np.pad(scores, ((0, 0), (1, 1), (1, 1)), mode="edge")
     f, g, cols = fractions(height, step), fractions(width, step).ravel()[:width], np.arange(width) // step
     for first, last in bands(height, width, step):
@@ -243,7 +245,8 @@ def unwarp(scores, positions, height, width):
 def unwarp_labels(scores, positions, height, width):
     """The classes of what unwarp() yields, as edge.scores.labels_of gives them. Yields (y0, (h, width) uint8). Scores are
     interpolated only where the four samples about a pixel do not all have the same class; elsewhere none other can win."""
-    step, mesh = mesh_step(positions, height, width), inverse(positions, height, width)
+    step = mesh_step(positions, height, width)
+    mesh = inverse(positions, height, width, step)
     padded = np.pad(scores, ((0, 0), (1, 1), (1, 1)), mode="edge")
     f, g, best = fractions(height, step), fractions(width, step), labels_of(padded)
     known, unknown = np.full(best.shape, -1, np.int16), np.zeros(best.shape, np.int32)
