@@ -27,6 +27,12 @@ ORIENTATION = 274  # the EXIF tag
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
+def listed(folder, endings=READABLE):
+    """Paths of the files in a folder that have one of these endings, in order. Not the hidden ones: macOS leaves one beside every image."""
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.lower().endswith(endings) and name[0] != "."]
+    return [path for path in paths if not os.path.isdir(path)]
+
+
 class ArrayPicture:
     """A picture held in memory: array (H, W, 3) or (H, W), uint8."""
 

@@ -156,14 +156,13 @@ class Sinks:
         go; a .png too. Returns the overlay's path, or None."""
         mask_path, path = self.paths(frame)
         path = mask_path if self._one_mask else path
-        self._count += 1
         if not (path or self.recorder or self._live):
             return None
         from edge.warp import pictures  # pens and fonts cost nothing where nothing is drawn
         picture = frame.open()
         whole = picture.height * picture.width <= images.STREAM_ABOVE_PX
         small = pictures.shown(picture, max(picture.height, picture.width) if whole else SHEET_PX)
-        sheet = paint(small, len(small) / float(picture.height))
+        sheet = paint(small, max(small.shape[:2]) / float(max(picture.height, picture.width)))
         size = sheet.shape[:2]
         room = self.recorder.begin(size[0], size[1], frame.rate) if self.recorder else None
         if path:
@@ -175,6 +174,7 @@ class Sinks:
         if view:
             view.add(0, sheet, np.zeros(size, np.uint8))
             self._live.show(view)
+        self._count += 1
         return path
 
     def write_samples(self, frame, overlay_path, positions, recipe):

@@ -207,6 +207,23 @@ def test_class_folders_that_cannot_be_used(files, share, words, tmp_path):
         labelled.find(str(tmp_path), share)
 
 
+def test_hidden_files_are_no_images(tmp_path):
+    put(tmp_path, "cat/1.png", "cat/2.png", "cat/3.png/deeper.png", "dog/1.png", "dog/2.png")
+    (tmp_path / "cat" / "._1.png").write_bytes(b"what macOS leaves beside an image")
+    assert [pair.name for pair in labelled.find(str(tmp_path), 0.0)[0]] == ["cat/1", "cat/2", "dog/1", "dog/2"]
+
+
+def test_commands_typed_beside_the_classes(tmp_path):
+    put(tmp_path, *["%s/%d.png" % (name, index) for name in ("cat", "dog") for index in range(3)])
+    words = ("train_lite", "--data", ".", "--model", "mobilenetv2", "--width", 4, "--res", 64, "--patch", 64, "--epochs", 1, "--name")
+    for more in (words + ("one",), words + ("two", "--out", "."), ("train_lite", "--resume", "runs/train/one"),
+                 ("export", "runs/train/one", "--out", "model.onnx")):
+        done = command(*more, cwd=tmp_path)
+        assert done.returncode == 0 and ("./runs holds runs or results, and is no class" in done.stderr) == ("one" not in more), done.stderr
+    assert "parity with torch on dog/" in done.stderr or "parity with torch on cat/" in done.stderr
+    assert "./two holds runs" in done.stderr
+
+
 @pytest.mark.parametrize("text, words", [
     ("image,label\na.png,x\na.png,y\n", "second time"), ("image,label\nb.png,x\n", "no such file"), ("image,label\na.png,\n", "line 2"), ("image\na.png\n", "line 2"),
     ("image,label,split\na.png,x,dev\n", "line 2"), ("image,label\na.png,  \n", "line 2"), ("image,label\na.png,x\n./a.png,y\n", "second time")])
@@ -350,10 +367,17 @@ def test_the_set_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("words, code, said", [
-    (["--side", "20"], 2, "--side is 20"), (["--seed", "-1"], 2, "--seed is -1"), (["--canvas", "100"], 2, "--canvas is 100"), (["--sums", "30"], 2, "--sums"), (["--mnist", "nowhere"], 5, "no train")])
+    (["--side", "20"], 2, "--side is 20"), (["--seed", "-1"], 2, "--seed is -1"), (["--canvas", "100"], 2, "--canvas is 100"), (["--sums", "30"], 2, "--sums"), (["--train", "9"], 2, "--train is 9, expected 28 to"), (["--mnist", "nowhere"], 5, "no train")])
 def test_ultramnist_usage(words, code, said, tmp_path):
     done = command("train_lite.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", *words)
     assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1
+
+
+def test_a_canvas_that_was_too_small_can_be_drawn_larger(tmp_path):
+    words = ("train_lite.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", "--train", 60, "--val", 0, "--test", 0)
+    small = command(*words, "--side", 64)
+    assert small.returncode == 2 and "--canvas 64 is too small for" in small.stderr and not os.listdir(str(tmp_path / "out"))
+    assert command(*words, "--side", 512).returncode == 0
 
 
 def test_damaged_idx(tmp_path):

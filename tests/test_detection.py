@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from conftest import BLOCKS, LOOK, STEP, command, peaks_kib, rest_slow, write_large
 from doubles import api_folder
@@ -21,7 +21,7 @@ from train_lite import boxloss
 from train_lite.boxloss import BoxLoss
 from train_lite.config import ModeSettings
 from train_lite.dataset import Box, Pair
-from train_lite.detection import BoxBatch, BoxView
+from train_lite.detection import BoxBatch, BoxView, Detection
 from train_lite.field import Field
 from train_lite.gradient import Gradient
 from train_lite.models import fcos
@@ -568,16 +568,31 @@ def test_only_cells_that_give_a_box_are_compared_by_class():
     assert len(boxes.decoded(found, 0, 0, 0, judge.rules.score)) == 0
 
 
-@pytest.mark.parametrize("words, said", [([u"\u732b 99 %", u"\u732b"], 1), (["cat", "cat"], 0)])
-def test_names_in_any_script_are_drawn(words, said):
-    """Pillow before 10.1 has a font of Latin letters only."""
+@pytest.mark.parametrize("name, drawn", [(u"\u732b 99 %", "? 99 %"), (u"gr\xf6\xdfe", "grosse"), ("cat", "cat")])
+def test_names_in_any_script_are_drawn(name, drawn):
+    """An old Pillow's font raises for letters that it does not have, a new one's draws them as empty rectangles."""
     from edge.warp import pictures
     small = np.full((60, 80, 3), 120, np.uint8)
-    sheet = pictures.outlined(small, np.array([[5, 5, 40, 40, 1.0, 0]]), 1.0, words, ((255, 0, 0),) * 2)
-    assert sheet.shape == small.shape and (sheet != small).any()
-    assert pictures.beside([(words[0], small)]).shape[2] == 3
-    latin = pictures.drawable(words[0], ImageFont.ImageFont())
-    assert latin == (words[0].replace(u"\u732b", "?") if said else words[0])
+    sheets = [pictures.outlined(small, np.array([[5, 5, 40, 40, 1.0, 0]]), 1.0, [words], ((255, 0, 0),)) for words in (name, drawn)]
+    assert pictures.drawable(name) == drawn and (sheets[0] == sheets[1]).all() and (sheets[0] != small).any()
+    assert (pictures.beside([(name, small)]) == pictures.beside([(drawn, small)])).all()
+
+
+@pytest.mark.parametrize("height, width", [(30, 1000), (9, 2000), (2000, 9), (600, 800)])
+def test_boxes_are_drawn_where_they_are_on_narrow_pictures(height, width, tmp_path, monkeypatch):
+    """The short side of a shrunk picture is a whole number of px: it does not say by how much the picture was shrunk."""
+    from edge import sinks
+    judge = types.SimpleNamespace(config=types.SimpleNamespace(max_boxes=10), classes=types.SimpleNamespace(names=["a"], palette=[(255, 0, 0)]),
+                                  boxes=lambda _net, _stored, _rules: np.zeros((0, 6)))
+    picture = ArrayPicture(np.zeros((height, width, 3), np.uint8))
+    Detection.draw(judge, None, types.SimpleNamespace(height=height, width=width, picture=picture,
+                                                      pair=types.SimpleNamespace(boxes=[Box(0, 0.0, 0.0, 1.0, 1.0)])), str(tmp_path / "0.png"))
+    red = np.argwhere((np.array(Image.open(str(tmp_path / "0.png"))) == (255, 0, 0)).all(axis=2))
+    assert abs(red[:, 1].max() + 1 - 512.0 * width / max(height, width)) <= 1
+    monkeypatch.setattr(sinks.images, "STREAM_ABOVE_PX", 1000)
+    page, scales = sinks.Sinks(str(tmp_path), [(255, 0, 0)], True), []
+    page.write_sheet(types.SimpleNamespace(name="x", open=lambda: picture), lambda small, scale: scales.append(scale) or small)
+    assert scales == [min(1.0, 1024.0 / max(height, width))]
 
 
 def test_hundreds_of_boxes_are_found():

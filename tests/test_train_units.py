@@ -488,6 +488,7 @@ def test_pretrained_weights(tmp_path):
     assert all(torch.equal(own[name], weights[name]) for name in own if not name.startswith("classifier.4."))
     with pytest.raises(BadFile):
         state.load_encoder(seeded("unet"), found, path)
+    assert state.load_encoder(net, dict(found, **{"backbone.conv1.weight": 7}), path) == (total - 3, total)  # no tensor of that name
     detector = {"backbone.body." + name[len("backbone."):]: value for name, value in source.encoder.state_dict().items() if name.startswith("backbone.")}
     torch.save(dict(detector, **{"backbone.fpn.inner_blocks.0.0.bias": torch.zeros(3), "head.x": torch.zeros(1)}), path)
     found = state.read_weights(path, trusted)  # torchvision's detectors

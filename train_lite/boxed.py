@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 from edge.command import read_json, say
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE
-from train_lite.dataset import CALLED_VAL, MOST_CLASSES, SHADES, SPLITS, Box, Classes, Pair, hold_out, split_folders, voc_lists, warn_of_deeper
+from train_lite.dataset import CALLED_VAL, MOST_CLASSES, SHADES, SPLITS, Box, Classes, Pair, by_stem, hold_out, split_folders, voc_lists, warn_of_deeper
 
 BEYOND_PX, BEYOND_SHARE = 1.0, 0.005  # by so much a box may leave its image, and is cut off; the share where sizes are not known
 LARGEST = 1e9                         # a number that is not below it is no size and no place; nor is NaN
@@ -104,19 +104,6 @@ def _names(path, problems):
 def _unfit(names):
     """[(number, name)] of those that are empty or there already."""
     return [(at, name) for at, name in enumerate(names) if not isinstance(name, str) or not name or name in names[:at]]
-
-
-def _by_stem(folder, endings, problems):
-    """{name without ending: path} of a folder's files, in order."""
-    found = {}
-    for name in sorted(os.listdir(folder)):
-        stem, ending = os.path.splitext(name)
-        if ending.lower() in endings and name[0] != ".":
-            if stem in found:
-                problems.append("%s: two files called %s: %s and %s; expected one"
-                                % (folder, stem, os.path.basename(found[stem]), name))
-            found.setdefault(stem, os.path.join(folder, name))
-    return found
 
 
 # --- COCO -----------------------------------------------------------------------------------------------------------
@@ -268,7 +255,7 @@ def _yolo(data, places, problems):
             problems.append("no such folder: %s; expected images and labels side by side" % missing[0])
             continue
         warn_of_deeper([images])
-        photos, texts = _by_stem(images, READABLE, problems), _by_stem(labels, (".txt",), problems)
+        photos, texts = by_stem(images, READABLE, problems), by_stem(labels, (".txt",), problems)
         if "classes" not in photos:
             texts.pop("classes", None)  # where some programs put the names
         problems += ["%s: no image for it in %s; expected one of the same name" % (texts[stem], images)
@@ -355,7 +342,7 @@ def _voc(data, problems):
     folders = [os.path.join(data, name) for name in ("JPEGImages", "Annotations")]
     problems += ["no such folder: %s; expected JPEGImages and Annotations" % folder
                  for folder in folders if not os.path.isdir(folder)]
-    photos, texts = (_by_stem(folder, endings, problems) if os.path.isdir(folder) else {}
+    photos, texts = (by_stem(folder, endings, problems) if os.path.isdir(folder) else {}
                      for folder, endings in zip(folders, (READABLE, (".xml",))))
     lists = [(path, split, [stem for stem in _lines(path, problems) if stem])
              for path, split in voc_lists(os.path.join(data, "ImageSets", "Main"))]

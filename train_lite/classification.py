@@ -122,7 +122,7 @@ class Classification(Problem):
         pen = ImageDraw.Draw(sheet)
 
         def write(line, words, fill):
-            pen.text((6, small.shape[0] + 4 + 14 * line), drawable(words, pen.getfont()), fill=fill)
+            pen.text((6, small.shape[0] + 4 + 14 * line), drawable(words), fill=fill)
 
         write(0, "label %s" % self.classes.names[stored.pair.label], "black")
         for line, index in enumerate(np.argsort(-shares)[:3], 1):

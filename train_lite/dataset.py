@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from edge.command import read_json, say
 from edge.errors import BadFile, UsageError, raise_all
-from edge.images import READABLE, orientation
+from edge.images import READABLE, listed, orientation
 
 IGNORE = 255  # class id of pixels that count nowhere: unlabelled, or owned by another tile
 SPLITS = ("train", "val", "test")
@@ -213,17 +213,20 @@ def _folder(place, names):
     return found[0] if found else None
 
 
+def by_stem(folder, endings, problems):
+    """{name without ending: path} of a folder's files, in order. endings: as of edge.images.listed()."""
+    found = {}
+    for path in listed(folder, endings):
+        stem = os.path.splitext(os.path.basename(path))[0]
+        if stem in found:
+            problems.append("%s: two files called %s: %s and %s; expected one"
+                            % (folder, stem, os.path.basename(found[stem]), os.path.basename(path)))
+        found.setdefault(stem, path)
+    return found
+
+
 def _match(data, images, masks, split, problems):
-    def by_stem(folder):
-        stems = {}
-        for name in sorted(os.listdir(folder)):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in READABLE:
-                if stem in stems:
-                    problems.append("%s: two files called %s" % (folder, stem))
-                stems[stem] = os.path.join(folder, name)
-        return stems
-    left, right = by_stem(images), by_stem(masks)
+    left, right = (by_stem(folder, READABLE, problems) for folder in (images, masks))
     if os.path.basename(masks) == "SegmentationClass":  # Pascal VOC: most of its images have no mask
         left = {stem: path for stem, path in left.items() if stem in right}
     problems += ["no mask for %s" % left[s] for s in sorted(set(left) - set(right))]

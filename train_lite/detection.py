@@ -124,7 +124,7 @@ class Detection(Problem):
         """Truth and what was found, side by side, as a picture in the file `path`."""
         rules = boxes.rules(self.config.max_boxes)
         small, names, palette = pictures.shown(stored.picture), self.classes.names, self.classes.palette
-        scale = len(small) / float(stored.height)
+        scale = max(small.shape[:2]) / float(max(stored.height, stored.width))
         truth = truth_of(stored)
         truth = np.concatenate([truth[:, :4], np.ones((len(truth), 1)), truth[:, 4:5]], axis=1)
         panels = [(words, pictures.outlined(small, found, scale, names, palette))

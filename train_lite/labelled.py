@@ -1,8 +1,10 @@
 """Folders on disk -> images with one label each, their split and their classes. Reads no pixels."""
+import glob
 import os
 
+from edge.command import say
 from edge.errors import BadFile, UsageError, raise_all
-from edge.images import READABLE
+from edge.images import listed
 from train_lite.dataset import MOST_CLASSES, SHADES, Classes, Pair, csv_rows, hold_out, split_folders, warn_of_deeper
 
 LAYOUTS = """expected one of
@@ -55,23 +57,30 @@ def _from_csv(path):
             for row, (image,) in csv_rows(path, ("image",), ("label",), LAYOUTS)]
 
 
+def _is_ours(folder):
+    """Whether runs, or results of edge-run, lie in a folder: runs/, where the commands were typed beside the classes."""
+    depths = [os.path.join(glob.escape(folder), *("*",) * depth) for depth in range(3)]
+    if not any(glob.glob(os.path.join(path, name)) for path in depths for name in ("lock", "results.jsonl")):
+        return False
+    say("%s holds runs or results, and is no class" % folder)
+    return True
+
+
 def _from_folders(data):
     places = split_folders(data)
     if not os.path.isdir(places[0][0]):
         places = [(data, "train")]
     found, problems, known = [], [], set()
     for place, split in places:
-        classes = [name for name in sorted(os.listdir(place)) if os.path.isdir(os.path.join(place, name)) and name[0] != "."] \
-            if os.path.isdir(place) else []
+        classes = [name for name in (sorted(os.listdir(place)) if os.path.isdir(place) else [])
+                   if os.path.isdir(os.path.join(place, name)) and name[0] != "." and not _is_ours(os.path.join(place, name))]
         known = known or set(classes)
         problems += ["%s: no such class in %s" % (os.path.join(place, name), places[0][0]) for name in sorted(set(classes) - known)]
         warn_of_deeper([os.path.join(place, name) for name in classes])
         for name in classes:
-            files = [file for file in sorted(os.listdir(os.path.join(place, name))) if file.lower().endswith(READABLE)]
-            if not files:
+            paths = listed(os.path.join(place, name))
+            if not paths:
                 problems.append("%s holds no image" % os.path.join(place, name))
-            stem = os.path.relpath(os.path.join(place, name), data)
-            found += [(Pair(os.path.join(stem, os.path.splitext(file)[0]), os.path.join(place, name, file), "", split), name)
-                      for file in files]
+            found += [(Pair(os.path.splitext(os.path.relpath(path, data))[0], path, "", split), name) for path in paths]
     raise_all(problems, "%s has folders that are no classes" % data, "Remove or fill the folders named; " + LAYOUTS)
     return found

@@ -185,7 +185,7 @@ def load_encoder(net, found, path):
     """Put pretrained weights, as of read_weights(), into net.encoder. Layers of another shape (the last one always) keep their
     random start. Returns (parameters loaded, parameters in all)."""
     own = net.encoder.state_dict()
-    fits = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
+    fits = {name: found[name] for name in own if torch.is_tensor(found.get(name)) and found[name].shape == own[name].shape}
     if 2 * len(fits) < len(own):
         raise BadFile("%s fits %d of the %d tensors of this net; expected weights of the same --model and --width"
                       % (path, len(fits), len(own)))

@@ -9,6 +9,7 @@ than one drawn at 4000 px and shrunk."""
 import gzip
 import json
 import os
+import shutil
 import struct
 import sys
 import zlib
@@ -127,23 +128,29 @@ def main(argv):
             raise UsageError("--%s is missing. Type: python -m train_lite.ultramnist --mnist FOLDER --out FOLDER" % name)
     canvas = config.canvas or config.side
     for name, value, low, high in (("side", config.side, 64, 65535), ("canvas", canvas, config.side, 65535), ("sums", config.sums, 2, 28),
-                                   ("train", config.train, 1, 10 ** 7), ("val", config.val, 0, 10 ** 7), ("test", config.test, 0, 10 ** 7),
+                                   ("train", config.train, config.sums, 10 ** 7), ("val", config.val, 0, 10 ** 7), ("test", config.test, 0, 10 ** 7),
                                    ("seed", config.seed, 0, 2 ** 32 - 1)):
         if not low <= value <= high:
             raise UsageError("--%s is %d, expected %d to %d" % (name, value, low, high))
     stamp = os.path.join(config.out, "ultramnist.json")
     demand_empty(config.out, "" if os.path.exists(stamp) else ", perhaps a set that was stopped")
     pools = {"train": digits(config.mnist, "train"), "test": digits(config.mnist, "t10k")}
-    for number, split in enumerate(SPLITS):
-        pool, count = pools["test" if split == "test" else "train"], getattr(config, split)
-        for index in range(count):
-            rng, total = np.random.RandomState([config.seed, number, index]), index % config.sums
-            folder = os.path.join(config.out, split, "%d" % total)
-            os.makedirs(folder, exist_ok=True)
-            picture = Image.fromarray(draw(total, pool, canvas, rng))
-            picture = picture if canvas == config.side else picture.resize((config.side, config.side), Image.BOX)
-            picture.save(os.path.join(folder, "%06d.png" % index))
-        say("%s: %d images of %d px" % (split, count, config.side))
+    try:
+        for number, split in enumerate(SPLITS):
+            pool, count = pools["test" if split == "test" else "train"], getattr(config, split)
+            for index in range(count):
+                rng, total = np.random.RandomState([config.seed, number, index]), index % config.sums
+                folder = os.path.join(config.out, split, "%d" % total)
+                os.makedirs(folder, exist_ok=True)
+                picture = Image.fromarray(draw(total, pool, canvas, rng))
+                picture = picture if canvas == config.side else picture.resize((config.side, config.side), Image.BOX)
+                picture.save(os.path.join(folder, "%06d.png" % index))
+            say("%s: %d images of %d px" % (split, count, config.side))
+    except BaseException:  # the folder is as it was, and the command can be typed again
+        for split in SPLITS:
+            shutil.rmtree(os.path.join(config.out, split), ignore_errors=True)
+        raise
+    say("a mirrored digit is another one: train with --no-augment")
     facts = dict(config._asdict(), canvas=canvas)
     with written(stamp) as handle:  # last: a set without it is not complete
         json.dump(facts, handle, indent=1)

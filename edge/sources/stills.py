@@ -15,7 +15,7 @@ NUMBER = re.compile(r"%(0?)(\d*)[di]")  # of a sequence: img_%04d.png, img_%i.jp
 def find_files(path):
     """Image paths behind a file, folder, glob or numbered sequence, in the order of their names or numbers."""
     if os.path.isdir(path):
-        found = sorted(os.path.join(path, f) for f in os.listdir(path) if f.lower().endswith(images.READABLE))
+        found = images.listed(path)
         if not found:
             raise BadFile("the folder %s holds no image; expected one of %s" % (path, " ".join(images.READABLE)))
         return found

@@ -1,4 +1,6 @@
 """Where samples lie, as pictures: their density over the image, what the net sees, and the grid."""
+import unicodedata
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -38,9 +40,10 @@ def _font(px):
         return ImageFont.load_default()
 
 
-def drawable(words, font):
-    """`words` as the font can draw them: that of an old Pillow has Latin letters only."""
-    return words if isinstance(font, ImageFont.FreeTypeFont) else words.encode("latin-1", "replace").decode("latin-1")
+def drawable(words):
+    """`words` in the letters that the fonts of every Pillow have: without their accents, and ? for each that is of another script."""
+    parts = unicodedata.normalize("NFKD", words.replace(u"\xdf", "ss"))
+    return "".join(part for part in parts if not unicodedata.combining(part)).encode("ascii", "replace").decode("ascii")
 
 
 def outlined(small, boxes, scale, names, palette):
@@ -52,7 +55,7 @@ def outlined(small, boxes, scale, names, palette):
         x0, y0, x1, y1 = (float(side) * scale for side in box[:4])
         colour = tuple(palette[int(box[5])])
         pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
-        words = drawable(names[int(box[5])] if box[4] >= 1 else "%s %.0f %%" % (names[int(box[5])], 100 * box[4]), font)
+        words = drawable(names[int(box[5])] if box[4] >= 1 else "%s %.0f %%" % (names[int(box[5])], 100 * box[4]))
         across, down = font.getmask(words).size
         pen.rectangle((x0, y0, x0 + across + 6, y0 + down + 6), fill=colour)
         pen.text((x0 + 3, y0 + 1), words, fill="black" if sum(colour) > 330 else "white", font=font)
@@ -64,7 +67,7 @@ def beside(panels):
     parts, font = [], _font(14)
     for words, panel in panels:
         bar = Image.new("RGB", (panel.shape[1], BAR_PX), "white")
-        ImageDraw.Draw(bar).text((2, 1), drawable(words, font), fill="black", font=font)
+        ImageDraw.Draw(bar).text((2, 1), drawable(words), fill="black", font=font)
         parts.append(np.pad(np.concatenate([np.asarray(bar), panel]), ((0, GAP_PX), (0, GAP_PX), (0, 0)), mode="constant",
                             constant_values=255))
     return np.concatenate(parts, axis=1)
