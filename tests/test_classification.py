@@ -557,7 +557,7 @@ def test_norms_are_measured_on_a_bounded_number_of_patches(head, patches):
     net = Classification.build(config, 2, "batch").eval()
     seen = []
     net.encoder.register_forward_hook(lambda _net, given, _out: seen.append(len(given[0])))
-    forward = made.calibrate(net)
+    (_prefix, forward), = made.calibrate(net)
     with torch.no_grad():
         forward()
     assert sum(seen) == patches

@@ -1,8 +1,10 @@
 """GLNet: crops and merges against whole tensors, each stage's gradient against plain autograd, the command, what is worked on."""
+import fcntl
 import json
 import os
 import shutil
 import signal
+import tempfile
 
 import numpy as np
 import pytest
@@ -218,7 +220,7 @@ class Memory:
     """A Stored whose pixels are arrays."""
 
     def __init__(self, rng, height, width, tile, classes, ignored=0.1):
-        self.pair, self.height, self.width = Pair("x", "", "", "train"), height, width
+        self.pair, self.height, self.width, self.path = Pair("x", "", "", "train"), height, width, os.path.join(tempfile.gettempdir(), "x")
         self.picture = ArrayPicture(rng.randint(0, 256, (height, width, 3)).astype(np.uint8))
         labels = rng.randint(0, classes, (height, width)).astype(np.uint8)
         labels[rng.rand(height, width) < ignored] = IGNORE
@@ -384,7 +386,7 @@ def test_a_plan_counts_the_maps_that_a_chunk_brings_along(stage, tiles):
     deepest maps with their gradients beside it."""
     net, images = seeded(stage), 3
     if stage == 1:
-        assert Glnet.held(net, tiles, TILE, images) == 0
+        assert Glnet.held(net, tiles, TILE, images, False) == 0
         return
     batch = batch_of(stage, [TileView(Memory(np.random.RandomState(0), 128, 128, TILE, 2), 0, TILE, OVERLAP)] * images, 1)
     chunk = batch.chunk([(0, t) for t in range(tiles)], net)
@@ -392,7 +394,30 @@ def test_a_plan_counts_the_maps_that_a_chunk_brings_along(stage, tiles):
     if stage == 3:
         deepest = batch.encoded(net, False, list(range(images)))
         kept += list(batch._merged.values()) + [batch._merged[0], deepest, deepest]
-    assert Glnet.held(net, tiles, TILE, images) == sum(each.numel() * 4 for each in kept)
+    assert Glnet.held(net, tiles, TILE, images, False) == sum(each.numel() * 4 for each in kept)
+    on_disk = sum(each.numel() * 4 for each in list(batch._merged.values())[tiles:]) if stage == 3 else 0
+    assert Glnet.held(net, tiles, TILE, images, True) == Glnet.held(net, tiles, TILE, images, False) - on_disk
+
+
+@pytest.mark.parametrize("size", EXACT)
+def test_maps_on_disk_give_the_same_bits(size):
+    net, views = seeded(3), [TileView(Memory(np.random.RandomState(at), size[0], size[1], TILE, 2), 0, TILE, OVERLAP) for at in range(3)]
+    net.train()
+    (loss, held), (spilled_loss, spilled) = [
+        ours(net, 3, SharedBatch(views, TILE, True, 2, torch.device("cpu"), torch.float64, spill), 1, 2) for spill in (False, True)]
+    assert loss == spilled_loss and sorted(held) == sorted(spilled) and all(torch.equal(held[name], spilled[name]) for name in held)
+
+
+@pytest.mark.parametrize("brief", [True, False])
+def test_a_trial_merges_no_more_than_a_chunk(brief):
+    """Of each image; its memory is that of all of them."""
+    net, seen = seeded(3).eval(), []
+    batch = batch_of(3, [TileView(Memory(np.random.RandomState(at), 192, 128, TILE, 2), 0, TILE, OVERLAP) for at in range(2)], 2)
+    batch.brief = brief
+    net.local.encoder.register_forward_pre_hook(lambda _encoder, given: seen.append(len(given[0])))
+    batch.encoded(net, False, [0, 1])
+    tiles = len(batch.views[0].boxes)
+    assert seen == ([2, 2] if brief else ([2] * (tiles // 2) + [1] * (tiles % 2)) * 2) and tiles > 4
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
@@ -780,13 +805,20 @@ def test_norms_of_frozen_branches_freeze_too(place, monkeypatch):
     for base, stage in (("ref", "2"), ("ref-2", "3")):
         problem = problem_of(place, {"stage": stage, "freeze_at": 0.0}, base)
         begun = state.new(problem)
-        kept = ["%s.encoder.features.0.1" % part for part in ("overview", "local", "whole")[:int(stage)]]
-        for name in norm.group_norms(begun.net):  # all of them would take a minute
+        names = norm.group_norms(begun.net)
+        kept = [name for part, count in (("overview.", 1), ("local.", 1), ("whole.", 2)) for name in
+                [name for name in names if name.startswith(part)][:count]]
+        for name in names:  # all of them would take a minute
             if name not in kept:
                 parent, _, child = name.rpartition(".")
                 setattr(begun.net.get_submodule(parent), child, torch.nn.Identity())
+        passes = []
+        begun.net.local.encoder.register_forward_pre_hook(lambda _encoder, given: passes.append(len(given[0])))
         begun.freeze_if_due(problem)
         assert sorted(begun.frozen) == sorted(kept) and norm.group_norms(begun.net) == []
+        # the drawn patches for the sizes and for the norm of tiles; all tiles for the sizes, and once for both norms that see their maps
+        tiles = len(problem.batch(0, 0)[0].every_patch())
+        assert sum(passes) == {"2": 4 + 4, "3": 4 + tiles + 4 + tiles}[stage]
 
 
 @pytest.mark.slow
@@ -804,17 +836,70 @@ def test_recomputed_activations(place):
         assert sorted(found[0]) == sorted(found[1]) and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.slow
-def test_runs_of_others_are_not_gone_on_with(place, here, capsys):
-    """A run that has the name of a following one, and is another."""
-    (place / "runs" / "mine-2").mkdir()
-    for name in ("config.json", "last.safetensors", "best.safetensors"):
-        shutil.copy(str(place / "runs" / "ref-2" / name), str(place / "runs" / "mine-2" / name))
-    assert here(*NEW + ["--stage", 12, "--name", "mine", "--epochs", 1]) == 2
+@pytest.mark.parametrize("number", ["2", "3"])
+def test_a_name_whose_later_stages_are_there_is_refused(number, place, here, capsys):
+    """Before the first is trained: its net is not the one that they began with, however alike they look."""
+    other = place / "runs" / ("mine-" + number)
+    shutil.copytree(str(place / "runs" / ("ref-" + number)), str(other))
+    assert here(*NEW + ["--name", "mine"]) == 2
     err = capsys.readouterr().err
-    assert err.count("error:") == 1 and "the run runs/mine-2 exists" in err and "--resume runs/mine" in err
-    shutil.rmtree(str(place / "runs" / "mine-2"))
-    assert here("--resume", "runs/mine") == 0 and (place / "runs" / "mine-2" / "best.safetensors").exists()
+    assert err.count("error:") == 1 and "its stage %s would be runs/mine-%s" % (number, number) in err
+    assert not (place / "runs" / "mine").exists()
+    shutil.rmtree(str(other))
+
+
+def test_runs_that_were_moved_are_gone_on_with(place, here, capsys, tmp_path, monkeypatch):
+    """From another folder too; not the one that has the name of a following run and began with another."""
+    def configure(name, **change):
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), data=str(place / "set"), **change)))
+
+    for name in ("ref", "ref-2", "ref-3"):
+        shutil.copytree(str(place / "runs" / name), str(tmp_path / name))
+        configure(name)
+    (tmp_path / "last").symlink_to("ref-3")
+    monkeypatch.chdir(str(tmp_path))
+    assert here("--resume", str(tmp_path / "ref")) == 0
+    assert capsys.readouterr().err.count("done in 0 s") == 3 and os.readlink(str(tmp_path / "last")) == "ref-3"
+    with open(str(tmp_path / "ref-2" / "lock")) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert here("--resume", "ref") == 2 and os.readlink(str(tmp_path / "last")) == "ref-3"
+    assert "another process is training in ref-2" in capsys.readouterr().err
+    configure("ref-2", base="runs/other")
+    assert here("--resume", "ref") == 2
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and "the run ref-2 exists and does not go on from ref" in err
+
+
+@pytest.mark.slow
+def test_the_last_run_as_a_base_is_named(place, here):
+    """`last` is to point at the new run."""
+    (place / "runs" / "newest").symlink_to("ref-2")
+    assert here(*NEW + ["--stage", 3, "--base", "runs/newest", "--name", "onwards", "--epochs", 1]) == 0
+    assert os.path.basename(json.loads((place / "runs" / "onwards" / "config.json").read_text())["base"]) == "ref-2"
+
+
+@pytest.mark.slow
+def test_interrupted_while_norms_freeze(place, here, monkeypatch, capsys):
+    """At once, not when all are done; the rest is frozen when it goes on, to the same bits."""
+    words = NEW + ["--stage", 1, "--epochs", 2, "--freeze-at", 0.5]
+    assert here(*words + ["--name", "whole"]) == 0
+    real, asked = norm.freeze_first, []
+
+    def freeze_first(net, names, parts):
+        asked.append(len(names))
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(net, names, parts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(norm, "freeze_first", freeze_first)
+        assert here(*words + ["--name", "parts"]) == 130
+    assert len(asked) == 3 and "stopped in epoch 2" in capsys.readouterr().err
+    assert len(tensors(place, "parts")[1]["frozen"]) == 3
+    assert here("--resume", "runs/parts") == 0
+    assert same_bits(tensors(place, "parts")[0], tensors(place, "whole")[0])
+    assert tensors(place, "parts")[1]["frozen"] == tensors(place, "whole")[1]["frozen"]
 
 
 @pytest.mark.parametrize("words, said", [
@@ -836,7 +921,9 @@ def test_runs_of_others_are_not_gone_on_with(place, here, capsys):
     (["--model", "unet", "--stage", 1], "--stage 1 and --model unet: that is a flag for glnet, glnet-mobilenetv2"),
     (["--model", "deeplabv3", "--coarse", 0.1], "--coarse 0.1 and --model deeplabv3: that is a flag for glnet"),
     (["--sampler", "deform"], "--sampler deform and --model glnet-mobilenetv2"), (["--stage", 13], "--stage"),
-    (["--focal", -1], "--focal is -1"), (["--data", "nowhere"], "does not exist")])
+    (["--focal", -1], "--focal is -1"), (["--focal", "nan"], "--focal is nan, expected 0.0 or more"), (["--feature", "inf"], "--feature is inf"),
+    (["--stage", 1, "--coarse", 0.2], "take --stage 12"), (["--mode", "tiled", "--stage", 2], "a baseline has no stages"),
+    (["--stage", 3, "--base", "runs/ref-2", "--weights", "w"], "--weights w and --stage 3"), (["--data", "nowhere"], "does not exist")])
 def test_usage(words, said, here, capsys):
     assert here(*NEW + words) == 2
     out, err = capsys.readouterr()

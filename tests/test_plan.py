@@ -18,7 +18,7 @@ from train_lite.run import main
 
 SMALL = ("--res", 128, "--patch", 64, "--width", 8, "--threads", 1)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-ORDER = {"half": (False, True), "optimizer": ("adamw", "adamw8", "sgd"), "tight": (False, True), "recompute": (False, True)}
+ORDER = {"half": (False, True), "optimizer": ("adamw", "adamw8", "sgd"), "tight": (False, True), "recompute": (False, True), "spill": (False, True)}
 
 
 def config(**change):
@@ -27,7 +27,8 @@ def config(**change):
 
 @pytest.mark.parametrize("change", [
     {}, {"mode": "full"}, {"mode": "tiled"}, {"mode": "full", "norm": "batch"}, {"optimizer": "sgd"}, {"tight": True},
-    {"micro_batch": 1}, {"micro_batch": 7}, {"resume": "runs/x"}, {"recompute": True}, {"optimizer": "adamw8"}])
+    {"micro_batch": 1}, {"micro_batch": 7}, {"resume": "runs/x"}, {"recompute": True}, {"optimizer": "adamw8"},
+    {"model": "glnet", "stage": "3", "base": "x", "batch": 2}])
 def test_ladder_goes_down_one_change_at_a_time(change):
     start = config(**change)
     notches = plan.ladder(start, CPU)
@@ -37,13 +38,14 @@ def test_ladder_goes_down_one_change_at_a_time(change):
         a, b = getattr(above, changed), getattr(below, changed)
         assert ORDER[changed].index(b) > ORDER[changed].index(a) if changed in ORDER else 0 < b < a
     assert notches[-1].micro_batch == 1 and notches[-1].tight
-    whole, steady = start.mode == "full", start.mode == "full" or bool(start.resume)
+    whole, steady = start.mode == "full", start.mode == "full" or bool(start.resume or start.base)
     for notch in notches:  # an image that is seen whole has no patch to make smaller
         assert notch.patch == 0 if whole else notch.patch % 16 == 0 and notch.patch >= plan.LEAST_PATCH
         assert ("patch" in notch.words()) != whole
         assert plan.apply(start, notch).patch == (notch.patch or start.patch)
     assert (notches[-1].patch == notches[0].patch) == steady
     assert notches[-1].recompute == (whole and start.norm != "batch" or start.recompute)
+    assert notches[-1].spill == (start.stage == "3")
 
 
 @pytest.mark.parametrize("change, patches", [

@@ -379,7 +379,7 @@ def seeded(model="unet", kind="group", outputs=1, fusion="none", width=4):
 
 def freeze(net, *chunks):
     while norm.group_norms(net):
-        norm.freeze_first(net, norm.group_norms(net), lambda: [net.encoder(chunk) for chunk in chunks])
+        norm.freeze_first(net, norm.group_norms(net), [("", lambda: [net.encoder(chunk) for chunk in chunks])])
 
 
 @pytest.mark.parametrize("model", ["unet", "deeplabv3"])
@@ -407,7 +407,7 @@ def test_frozen_statistics_are_those_of_all_chunks():
     with torch.no_grad():
         y = first(torch.cat(chunks)).double().numpy()
     y = y.transpose(1, 0, 2, 3).reshape(groups, -1)
-    name = norm.freeze_first(net, norm.group_norms(net), lambda: [net.encoder(chunk) for chunk in chunks])
+    name = norm.freeze_first(net, norm.group_norms(net), [("", lambda: [net.encoder(chunk) for chunk in chunks])])
     frozen = net.encoder.down[0][1]
     assert name == "encoder.down.0.1" and isinstance(frozen, norm.FrozenNorm)
     assert np.allclose(frozen.running_mean.numpy().reshape(groups, -1), y.mean(axis=1)[:, None], atol=1e-5)
@@ -417,7 +417,7 @@ def test_frozen_statistics_are_those_of_all_chunks():
 def test_norms_of_large_maps():
     """A U-Net's maps double in channels and halve in size: 4, 2, 1, 1/2 parts of the norms' work and one of 1/8 at the bottom."""
     net = seeded()
-    run = lambda: net.encoder(torch.zeros(1, 3, 32, 32))  # noqa: E731
+    run = [("", lambda: net.encoder(torch.zeros(1, 3, 32, 32)))]
     large = norm.of_large_maps(net, run)
     assert sorted(large) == ["encoder.%s.%d.%d" % (part, level, at) for part in ("down", "merge") for level in (0, 1) for at in (1, 4)]
     norm.put_frozen(net, large[:2])
@@ -454,7 +454,7 @@ def test_batch_norms_are_measured_in_forward_order():
             module.running_var.uniform_(0.5, 2)
     net.held.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    norm.measure(net, lambda: [net(chunk) for chunk in chunks])
+    norm.measure(net, [("", lambda: [net(chunk) for chunk in chunks])])
     net.seen.clear()
     with torch.no_grad():
         for chunk in chunks:
@@ -617,7 +617,7 @@ def test_patches_for_frozen_norms_are_drawn_from_all_images(monkeypatch):
     seen, real = [], patches.Batch.chunk
     monkeypatch.setattr(patches.Batch, "chunk", lambda batch, picks, net: seen.extend(
         (batch.views[v].height, batch.views[v].width, t) for v, t in picks) or real(batch, picks, net))
-    forward = made.calibrate(net)
+    (_prefix, forward), = made.calibrate(net)
     with torch.no_grad():
         forward()
     rng = np.random.RandomState(3)

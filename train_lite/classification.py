@@ -69,7 +69,7 @@ class Classification(Problem):
         rows, cols = scores.grid(self.recipe)
         whole = chosen[:max(2, CALIBRATION_PATCHES // (rows * cols))]
         if any(isinstance(module, tuple(norm.NORMS.values())) for module in net.last.modules()):
-            return lambda: [self._scores(net, stored) for stored in whole]
+            return [("", lambda: [self._scores(net, stored) for stored in whole])]
         batch = GridBatch([View(stored, 0, self.tile) for stored in chosen], self.side, self.device)
         every = batch.every_patch()
         picks = sorted(every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES])
@@ -79,7 +79,7 @@ class Classification(Problem):
                 net.encoder(batch.chunk([pick]).pixels)
             for number in range(len(whole) if self.side else 0):
                 net.encoder(batch.overviews([number]))
-        return forward
+        return [("", forward)]
 
     def _scores(self, net, stored):
         """(classes,) of the whole image, by the path that edge-run takes."""

@@ -84,6 +84,7 @@ class TrainConfig(NamedTuple):
     half: bool = False
     tight: bool = False
     recompute: bool = False
+    spill: bool = False
     # run
     name: str = ""
     out: str = "runs/train"
@@ -163,6 +164,7 @@ HELPS = {
     "half": "compute in half precision, with loss scaling; weights and moments stay float32. Needs CUDA",
     "tight": "give freed memory back to the system at once: less fragmentation, more time",
     "recompute": "keep the inputs of the net's blocks only, and compute their inside again in the backward pass",
+    "spill": "stage 3: what an image's tiles are merged to lies on disk until it is read, for batches of more than one image",
     "name": "of the run; none given: data, mode and time",
     "out": "folder of the runs",
     "resume": "run folder to go on with, exactly where it stopped; all other flags but --budget come from it",
@@ -192,7 +194,7 @@ CHOICES = {
     "device": ["auto", "cpu", "cuda"],
 }
 
-OF_MODELS = {"head": CLASSIFIERS, "max_boxes": DETECTORS, "stage": GLNETS, "base": GLNETS, "coarse": GLNETS, "focal": GLNETS, "feature": GLNETS,
+OF_MODELS = {"head": CLASSIFIERS, "max_boxes": DETECTORS, "stage": GLNETS, "base": GLNETS, "coarse": GLNETS, "focal": GLNETS, "feature": GLNETS, "spill": GLNETS,
              "classes": DENSE, "ignore": DENSE, "overlap": DENSE, "dice": PLAIN, "fill": PLAIN,
              **dict.fromkeys(("gradient", "global_patch", "patches", "inner", "draw"), PLAIN + CLASSIFIERS + DETECTORS)}  # flags that only these take
 OF_SAMPLERS = ("task_size", "density", "deform_width", "radius", "edge_loss", "gamma", "gamma_power", "shrink")
@@ -205,7 +207,7 @@ def check(config):
              "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "smaller": 0, "weight_decay": 0.0,
              "density": 8, "deform_width": 4, "gamma": -1.0, "max_boxes": 1, "focal": 0.0, "feature": 0.0}
     for name, value in least.items():
-        if getattr(config, name) < value:
+        if not value <= getattr(config, name) < float("inf"):
             raise UsageError("--%s is %s, expected %s or more" % (name.replace("_", "-"), getattr(config, name), value))
     for name, low, high in (("val_share", 0.0, 0.9), ("freeze_at", 0.0, 1.0), ("beta2", 0.0, 0.99999), ("warm_up", 0.0, 1.0),
                             ("radius", 0.01, 1.0), ("gamma_power", 0.0, 9.0), ("shrink", 0.0, 1.0), ("coarse", 0.0, 0.5),
@@ -250,9 +252,15 @@ def check(config):
     if config.coarse and config.mode != "patch":
         raise UsageError("--coarse %g and --mode %s: proposals come from whole images and are for the tiles beside them; leave one out"
                          % (config.coarse, config.mode))
+    if config.coarse and config.stage == "1":
+        raise UsageError("--coarse %g and --stage 1: proposals are for the tiles of stage 2; take --stage 12, or leave --coarse out" % config.coarse)
     if config.coarse and "3" in config.stage:
         raise UsageError("--coarse %g and --stage %s: whole images that see their tiles' maps need all tiles; take --stage %s"
                          % (config.coarse, config.stage, config.stage.replace("3", "") or "2"))
+    if config.stage != TrainConfig().stage and config.mode != "patch":
+        raise UsageError("--stage %s and --mode %s: a baseline has no stages; leave one out" % (config.stage, config.mode))
+    if config.weights and config.model in GLNETS and config.stage == "3" and not config.resume:
+        raise UsageError("--weights %s and --stage 3: it begins with the encoders of its base. Leave --weights out" % config.weights)
     if config.model in GLNETS and config.mode == "full":
         raise UsageError("--mode full and --model %s: its two baselines are --mode down, whole images, and --mode tiled, tiles" % config.model)
     if config.base and stage(config) == 1:

@@ -95,7 +95,7 @@ class Detection(Problem):
         rng = np.random.RandomState(self.config.seed)
         views, picks = self.drawn(rng, [0] * len(self.train), CALIBRATION_PATCHES)
         batch = self.views_to_batch(views, rng, 0, 0)
-        return lambda: [net.encoder(batch.chunk([pick]).pixels) for pick in picks]
+        return [("", lambda: [net.encoder(batch.chunk([pick]).pixels) for pick in picks])]
 
     def boxes(self, net, stored, rules):
         """What `net` finds in a Stored, by the path that edge-run takes: as boxes.detect()."""

@@ -1,6 +1,7 @@
 """GLNet in training: three stages, each a run of its own that begins with the net of the one before (Chen et al. 2019, arXiv 1905.06368,
 sections 3.2 to 3.4; docs/method.md, section 8). What a stage does not train it computes without gradient, patch by patch."""
 import os
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -79,11 +80,12 @@ class GlobalBatch(TileBatch):
 
 class SharedBatch(TileBatch):
     """Views whose tiles see the maps of their whole image. merges: whether the whole images see those of the tiles too (stage 3), which
-    then go through the net `micro_batch` at a time."""
+    then go through the net `micro_batch` at a time; spill: whether what they are merged to lies in files until it is read."""
 
-    def __init__(self, views, tile, merges, micro_batch, device, dtype=torch.float32):
+    def __init__(self, views, tile, merges, micro_batch, device, dtype=torch.float32, spill=False):
         super().__init__(views, tile, device, dtype)
         self.side, self._micro_batch, self._looked, self._merged = tile if merges else 0, micro_batch, {}, {}
+        self._spill = spill
 
     def look(self, net, v):
         """Flat maps and deepest map of image v by the frozen overview. Those of one image are kept: chunks come image by image."""
@@ -116,14 +118,28 @@ class SharedBatch(TileBatch):
         if v not in self._merged:  # the same for both passes: nothing that it comes from is trained
             view, maps = self.views[v], self.look(net, v)[0]
             laid, merged = plan(view.height, view.width, self.tile, view.overlap), torch.zeros_like(maps)
-            for first in range(0, len(view.boxes), self._micro_batch):
+            for first in range(0, 1 if self.brief else len(view.boxes), self._micro_batch):
                 tiles = list(range(len(view.boxes)))[first:first + self._micro_batch]
                 pixels = self._pixels([view.pixels(t) for t in tiles])
                 puts = [self._tensor(part) for part in sharing.places(view.boxes[tiles], laid)]
                 with torch.no_grad():
                     merged = net.merge(pixels, maps, *self._crops(v, tiles) + puts + [merged])[1]
-            self._merged[v] = merged
-        return self._merged[v]
+            self._merged[v] = Spilled(merged, os.path.dirname(view.stored.path)) if self._spill else merged
+        return self._merged[v].read() if self._spill else self._merged[v]
+
+
+class Spilled:
+    """A tensor in a file without a name, in `folder` until this object is gone."""
+
+    def __init__(self, tensor, folder):
+        self._shape, self._device, values = tensor.shape, tensor.device, tensor.cpu().numpy()
+        self._dtype, self._file = values.dtype, tempfile.TemporaryFile(dir=folder)
+        self._file.write(values)
+        self._file.flush()
+
+    def read(self):
+        self._file.seek(0)
+        return torch.from_numpy(np.fromfile(self._file, self._dtype)).reshape(self._shape).to(self._device)
 
 
 class FocalLoss:
@@ -240,6 +256,11 @@ class Glnet(Segmentation):
     def demand(config):
         if stage(config) > 1:
             demand_base(config)
+        for number in config.stage[1:] if config.name and config.mode == "patch" else "":  # now, not when it is that stage's turn
+            path = os.path.join(config.out, stage_name(config.name, stage(config), number))
+            if os.path.exists(os.path.join(path, "config.json")):
+                raise UsageError("--name %s: its stage %s would be %s, and that run exists. Take another --name, or move it away"
+                                 % (config.name, number, path))
 
     @staticmethod
     def find(config, data):
@@ -280,18 +301,19 @@ class Glnet(Segmentation):
         return loss.rows([branch.classify(deep), net.fuse_local(deep) + net.fuse_deep(deep)], labels).sum()
 
     @staticmethod
-    def held(net, tiles, px, images):
+    def held(net, tiles, px, images, spill):
         """Maps of the whole image and their crops; in stage 3, of every image of the batch, what its tiles' maps are merged to, and the
         deepest map with its gradient."""
         if isinstance(net, glnet.Alone):
             return 0
         deep = net.local.classify.in_channels * (px // 4) ** 2
         maps = sum(count * (px // stride) ** 2 for count, stride in zip(net.channels, sharing.STRIDES))
-        return 4 * ((1 + tiles) * (maps + deep) + ((images + 1) * maps + 2 * images * deep if net.whole else 0))
+        merged = 1 + (min(tiles, images) if spill else images)
+        return 4 * ((1 + tiles) * (maps + deep) + (merged * maps + 2 * images * deep if net.whole else 0))
 
     def views_to_batch(self, views, _rng, _epoch, _number):
         if self.stage > 1:
-            return SharedBatch(views, self.tile, self.stage == 3, self.recipe.batch, self.device)
+            return SharedBatch(views, self.tile, self.stage == 3, self.recipe.batch, self.device, spill=self.config.spill)
         return (TileBatch if self.config.mode == "tiled" else GlobalBatch)(views, self.tile, self.device)
 
     def objective(self, _state):
@@ -304,15 +326,23 @@ class Glnet(Segmentation):
         rng = np.random.RandomState(self.config.seed)
         chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_PATCHES // 4]]
         views = [self.view(stored, int(rng.choice(self.turns)), self.tile) for stored in chosen]
-        every, loss = self.views_to_batch(views, rng, 0, 0).every_patch(), self.objective(None)
+        batch = self.views_to_batch(views, rng, 0, 0)
+        if self.stage == 3:  # more images than a batch of training may have
+            batch = SharedBatch(views, self.tile, True, self.recipe.batch, self.device, spill=True)
+        every = batch.every_patch()
         picks = sorted(every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES])
+        used = sorted({v for v, _t in picks})
+        if self.stage == 1:
+            return [("", lambda: [net.branch(batch.chunk([pick]).pixels) for pick in picks])]
 
-        def forward():
-            batch = self.views_to_batch(views, rng, 0, 0)  # anew: it keeps what frozen branches gave, and their norms may have changed
-            features = {v: batch.encoded(net, False, [v]) for v in sorted({v for v, _t in picks})} if batch.side else {}
+        def tiles():
             for pick in picks:
-                loss.kept(net, False, batch.chunk([pick], net), features.get(pick[0]))
-        return forward
+                chunk = batch.chunk([pick], net)
+                net.local.maps(chunk.pixels, chunk.others)
+
+        # the batch keeps what the overview and the tiles gave: by the time that it is asked, their norms are what they stay
+        return [("overview.", lambda: [net.look(batch.overviews([v])) for v in used]), ("local.", tiles),
+                ("whole.", lambda: [batch.encoded(net, False, [v]) for v in used] if net.whole else None)]
 
     def adopt(self, state):
         """Begin with the net of the stage before: --base."""
@@ -346,10 +376,8 @@ class Glnet(Segmentation):
         config = self.config
         if len(config.stage) < 2 or config.mode != "patch":
             return None
-        name = os.path.basename(os.path.normpath(path))
-        name = name[:-2] if self.stage == 2 and name.endswith("-2") else name
         return config._replace(stage=config.stage[1:], base=path, out=os.path.dirname(os.path.normpath(path)),
-                               name="%s-%s" % (name, config.stage[1]), resume="", smaller=0,
+                               name=stage_name(os.path.basename(os.path.normpath(path)), self.stage, config.stage[1]), resume="", smaller=0,
                                weights=config.weights if config.stage[1] == "2" else "")
 
     def words(self):
@@ -357,6 +385,11 @@ class Glnet(Segmentation):
             return super().words()
         seen = {1: "whole images at %d px", 2: "tiles of %d px beside them", 3: "whole images with tiles of %d px"}
         return "stage %d, %s" % (self.stage, seen[self.stage] % self.tile)
+
+
+def stage_name(name, own, other):
+    """Of the run of stage `other` ("2", "3") that follows the run `name` of stage `own`."""
+    return "%s-%s" % (name[:-2] if own == 2 and name.endswith("-2") else name, other)
 
 
 def demand_tiles(config, sizes):

@@ -40,7 +40,9 @@ def train_epoch(problem, run, state, stop):
     gradient = problem.gradient(state)
     for number in _progress(range(state.batch, problem.batches), problem, state):
         if not gradient.pending:
-            state.freeze_if_due(problem)
+            state.freeze_if_due(problem, stop)
+            if stop:
+                leave(problem, run, state)
         state.net.train()
         batch, rng = problem.batch(state.epoch, number)
         for loss in gradient.rounds(batch, rng):
@@ -51,11 +53,17 @@ def train_epoch(problem, run, state, stop):
         if gradient.pending and state.batch == problem.batches:  # the rest of an epoch makes a step of its own
             step(problem, run, state, gradient, loss)
         if not gradient.pending and (stop or time.time() - saved > config.save_every):
+            if stop:
+                leave(problem, run, state)
             state.save(run.last, problem)
             saved = time.time()
-            if stop:
-                say("stopped in epoch %d. Go on: python -m train_lite --resume %s" % (state.epoch + 1, run.path))
-                raise KeyboardInterrupt
+
+
+def leave(problem, run, state):
+    """Save in the middle of an epoch, and end."""
+    state.save(run.last, problem)
+    say("stopped in epoch %d. Go on: python -m train_lite --resume %s" % (state.epoch + 1, run.path))
+    raise KeyboardInterrupt
 
 
 def step(problem, run, state, gradient, loss):

@@ -70,7 +70,9 @@ class Chunk(NamedTuple):
 
 
 class Batch:
-    """The views of one batch. side: px of the global patch, 0 for none; device, dtype: of the tensors made."""
+    """The views of one batch. side: px of the global patch, 0 for none; device, dtype: of the tensors made. brief: what all patches of
+    an image give may be made of the first few, where memory is measured."""
+    brief = False
 
     def __init__(self, views, side, device, dtype=torch.float32):
         self.views, self.side, self.device, self.dtype = views, side, device, dtype

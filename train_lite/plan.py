@@ -34,13 +34,14 @@ class Levers(NamedTuple):
     half: bool            # of layers, on CUDA: rounding, and faster
     tight: bool           # freed tensors go back to the system at once: the same bits, slower
     recompute: bool       # activation checkpointing: the same bits, slower
+    spill: bool           # of a GLNet's third stage, what tiles' maps are merged to, to disk: the same bits, and wear
     optimizer: str        # a kind of train_lite.optimizer
     patch: int            # px; another net in the end, so the last; 0: the net sees whole images, or samples of them
 
     def words(self):
-        return "micro-batch %d, %s%s memory, %s, %s%s" % (
+        return "micro-batch %d, %s%s memory, %s, %s%s%s" % (
             self.micro_batch, "half precision, " if self.half else "", "tight" if self.tight else "pooled",
-            "recomputed activations" if self.recompute else "kept activations", self.optimizer,
+            "recomputed activations" if self.recompute else "kept activations", "merged maps on disk, " if self.spill else "", self.optimizer,
             ", patch %d px" % self.patch if self.patch else "")
 
     def smaller_net(self):
@@ -53,7 +54,7 @@ def ladder(config, device):
     smaller once training has begun, in this run or in the one that it goes on from, nor where images are stored at its size."""
     settings = mode_settings(config)
     whole = not settings.tile
-    notches = [Levers(micro_batch(config), config.half, config.tight, config.recompute, config.optimizer,
+    notches = [Levers(micro_batch(config), config.half, config.tight, config.recompute, config.spill, config.optimizer,
                       0 if whole else config.patch)]
 
     def lower(**change):
@@ -68,6 +69,8 @@ def ladder(config, device):
         lower(tight=True)
     if whole and config.norm != "batch":  # of one patch it saves nothing: the top level alone fills the peak
         lower(recompute=True)
+    if settings.merges and config.batch > 1:
+        lower(spill=True)
     if config.optimizer == "adamw":
         lower(optimizer="adamw8")
     step = patch_step(config.model)
@@ -108,9 +111,9 @@ class Look:
             self._counted[tiles, recomputed] = _kept(self.net, lambda: self._task.probe(self.net, self.outputs, tiles, PROBE_PX))
         return self._counted[tiles, recomputed]
 
-    def held(self, tiles):
-        """MiB that `tiles` tiles of PROBE_PX bring along."""
-        return self._task.held(self.net, tiles, PROBE_PX, self._images) / MIB
+    def held(self, levers):
+        """MiB that a chunk of tiles of PROBE_PX brings along."""
+        return self._task.held(self.net, levers.micro_batch, PROBE_PX, self._images, levers.spill) / MIB
 
 
 def _kept(net, forward):
@@ -157,7 +160,7 @@ def _estimate(look, levers, tile_px, loader_mib, scored_px):
     samplers = levers.micro_batch * look.deform_kept  # one for every image in the micro-batch
     return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.trained,
             "optimizer": look.trained / 4 * STATE_BYTES[levers.optimizer],
-            "activations": max(max(top, deep) + look.held(levers.micro_batch) * area + samplers, band) + (30 if levers.tight else 45),
+            "activations": max(max(top, deep) + look.held(levers) * area + samplers, band) + (30 if levers.tight else 45),
             "loader": loader_mib}
 
 
@@ -313,6 +316,7 @@ def confirm(problem, new_state, allowed):
 
 def _one_chunk(problem, state, peak_now):
     batch, _rng = problem.batch(0, 0)
+    batch.brief = True
     gradient = problem.gradient(state)
     picks = batch.every_patch()[:gradient.micro_batch]
     gradient.add(batch, picks, gradient.objective.table(batch), 0)

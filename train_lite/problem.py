@@ -66,8 +66,9 @@ class Problem:
         return net.encoder(torch.zeros(count, 3, px, px)).sum()
 
     @staticmethod
-    def held(_net, _count, _px, _images):
-        """Bytes that a chunk of as many patches of a batch of as many images brings along, besides what autograd keeps of it."""
+    def held(_net, _count, _px, _images, _spill):
+        """Bytes that a chunk of as many patches of a batch of as many images brings along, besides what autograd keeps of it. spill: as
+        of plan.Levers."""
         return 0
 
     def words(self):

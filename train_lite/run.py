@@ -28,6 +28,8 @@ def main(argv):
         config, run = _resumed(config, argv)
     check(config)
     config = config._replace(epochs=config.epochs or (30 if config.data else 8))
+    if os.path.islink(os.path.normpath(config.base)):  # runs/train/last, which is to point at this run
+        config = config._replace(base=os.path.realpath(config.base))
     # before torch loads: threads that wait by spinning make a busy machine five times slower (docs/measured.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch, _ = need("torch"), need("tqdm")
@@ -74,11 +76,11 @@ def _train(config, run, device):
         how = config.mode if config.sampler == "none" else config.sampler
         run = RunFolder.create(config, "%s-%s" % (os.path.basename(os.path.abspath(data)).replace(".csv", ""), how))
         run.announce()
-    run.point_last()
+    began, again, coming = time.time(), start.epoch >= config.epochs, problem.following(run.path)
+    if not (again and coming):
+        run.point_last()
     _describe(problem, start, run)
-    began, again = time.time(), start.epoch >= config.epochs
     result = loop.train(problem, run, start)
-    coming = problem.following(run.path)
     _report(config, problem, start, run, result, time.time() - began, again, last=not coming)
     run.release()
     return coming
@@ -109,10 +111,10 @@ def _next(config):
     if not run or not os.path.isfile(run.config):
         return config, None
     stored, run = _stored(run, config._replace(resume=run.path))
-    if stored.stage != config.stage or os.path.realpath(stored.base) != os.path.realpath(config.base):
+    if stored.stage != config.stage or os.path.basename(os.path.normpath(stored.base)) != os.path.basename(config.base):
         raise UsageError("the run %s exists and does not go on from %s. Move it away, then go on: --resume %s"
                          % (run.path, config.base, config.base))
-    return stored, run
+    return stored._replace(base=config.base), run  # both may have been moved
 
 
 def _plan(config, pairs, classes, device):

@@ -81,7 +81,7 @@ class Segmentation(Problem):
                         lambda: gamma * (1 - state.step / float(self.steps)) ** config.gamma_power)
 
     def calibrate(self, net):
-        """A function without arguments that runs training patches through `net`, chunk by chunk."""
+        """What runs training patches through `net`: parts, as of norm.freeze_first()."""
         rng = np.random.RandomState(self.config.seed)
         turns = 1 if self.sampler else 8
         turned = [int(rng.randint(turns)) for _ in self.train]
@@ -98,7 +98,7 @@ class Segmentation(Problem):
             if self.side:
                 for one in overviews:
                     net.encoder(one.overviews([0]))
-        return forward
+        return [("", forward)]
 
     def evaluate(self, net, stored, final=False):
         """Scores of `net` on a list of Stored: see evaluate.evaluate."""

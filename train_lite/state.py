@@ -69,24 +69,26 @@ class State:
             state.optimizer.restore(moments, steps)
         return state
 
-    def freeze_if_due(self, problem):
-        """From problem.freeze_step on: freeze group norms, in forward order, on statistics of training patches.
+    def freeze_if_due(self, problem, stop=()):
+        """From problem.freeze_step on: freeze group norms, in forward order, on statistics of training patches. Leaves off, to go on
+        after load(), when `stop` is no longer empty.
 
         AdamW begins anew, its rate with a warm-up: gradients are larger without group norm, and moments of the time
         before would make the first steps far too long. So does the best score: nets before that do not fold."""
         names, config = norm.group_norms(self.net), problem.config
         if not names or self.frozen_at is not None or self.step < problem.freeze_step or problem.freeze_step == problem.steps:
             return
-        forward = problem.calibrate(self.net)
         self.net.eval()
         if config.freeze == "large" and config.norm == "group":
-            names = norm.of_large_maps(self.net, forward)
+            names = norm.of_large_maps(self.net, problem.calibrate(self.net))
         if not names:  # a stage of GLNet may begin with all of them frozen
             self.frozen_at = 0
             return
-        left = set(names)
+        left, parts = set(names), problem.calibrate(self.net)
         while left:
-            self.frozen.append(norm.freeze_first(self.net, left, forward))
+            if stop:
+                return
+            self.frozen.append(norm.freeze_first(self.net, left, parts))
             left.remove(self.frozen[-1])
         self.frozen_at, self.best = self.step, -1.0
         self.optimizer = self._new_optimizer(config)

@@ -98,26 +98,29 @@ def group_norms(net):
     return [name for name, module in net.named_modules() if isinstance(module, GroupNorm)]
 
 
-def of_large_maps(net, forward):
+def of_large_maps(net, parts):
     """Those of group_norms(net) that take most of the time: the norms of the largest maps, down to the size at which they make up
-    LARGE of the values that all norms of `net` go over, frozen ones too. forward(): as of freeze_first()."""
+    LARGE of the values that all norms of `net` go over, frozen ones too. parts: as of freeze_first()."""
     sizes = {}
 
     def look(name, x):
         sizes[name] = x[0].numel()
 
-    _watch({name: module for name, module in net.named_modules() if isinstance(module, (GroupNorm, FrozenNorm))}, look, forward)
+    norms = {name: module for name, module in net.named_modules() if isinstance(module, (GroupNorm, FrozenNorm))}
+    for _prefix, forward in parts:
+        _watch(norms, look, forward)
     ranked = sorted(sizes.values(), reverse=True)
     least = next(size for size in ranked if sum(other for other in ranked if other >= size) >= LARGE * sum(ranked))
     return [name for name in group_norms(net) if sizes.get(name, 0) >= least]
 
 
-def freeze_first(net, names, forward):
+def freeze_first(net, names, parts):
     """Replace the one of the group norms `names` that comes first in forward order by a FrozenNorm with statistics measured on
     real patches (docs/method.md, section 3).
 
-    forward(): runs calibration patches through `net`, chunk by chunk; called once, without grad. Returns its name."""
-    first, mean, var = _first_moments({name: net.get_submodule(name) for name in names}, forward, lambda norm: norm.num_groups)
+    parts: list of (prefix, function) in forward order; a function runs calibration patches, chunk by chunk, through the modules whose
+    names begin so, and is called without grad, when one of these norms is wanted. Returns its name."""
+    first, mean, var = _first_moments({name: net.get_submodule(name) for name in names}, parts, lambda norm: norm.num_groups)
     with torch.no_grad():
         new, = put_frozen(net, [first])
         per_group = len(new.weight) // len(mean)
@@ -126,16 +129,16 @@ def freeze_first(net, names, forward):
     return first
 
 
-def measure(net, forward):
-    """Set the running statistics of the trained batch norms of `net`, in eval mode, to those of what forward() runs through them:
+def measure(net, parts):
+    """Set the running statistics of the trained batch norms of `net`, in eval mode, to those of what `parts` run through them:
     in forward order, so that each is measured on what the ones before it give in eval mode. ('Rethinking "Batch" in BatchNorm', Wu
     & Johnson 2021, arXiv 2105.07576, section 3, measures all at once in train mode; for small batches of unlike images that
     does not hold: docs/measured.md, "Labels of whole images".)
 
-    forward(): as of freeze_first(), called once for each norm that it reaches."""
+    parts: as of freeze_first(); each is called once for every norm that it reaches."""
     left = {name: module for name, module in net.named_modules() if isinstance(module, BatchNorm) and module.weight.requires_grad}
     while left:
-        first, mean, var = _first_moments(left, forward, lambda norm: norm.num_features)
+        first, mean, var = _first_moments(left, parts, lambda norm: norm.num_features)
         if first is None:  # the others are not reached
             return
         norm = left.pop(first)
@@ -143,9 +146,9 @@ def measure(net, forward):
         norm.running_var.copy_(var)
 
 
-def _first_moments(norms, forward, groups_of):
+def _first_moments(norms, parts, groups_of):
     """(name, mean, variance) of what goes into the first, in forward order, of `norms`, a dict by name; of each of its
-    groups_of(norm) groups of channels. (None, None, None) when forward() reaches none."""
+    groups_of(norm) groups of channels. (None, None, None) when no part reaches any."""
     sums = {}  # name of the first -> (3, groups) float64: sum, sum of squares, count
 
     def add(name, x):
@@ -155,7 +158,9 @@ def _first_moments(norms, forward, groups_of):
         count = torch.full_like(x[0, :, 0], x.shape[0] * x.shape[2])
         sums[name] = sums.get(name, 0) + torch.stack([x.sum(dim=(0, 2)), (x * x).sum(dim=(0, 2)), count])
 
-    _watch(norms, add, forward)
+    for prefix, forward in parts:
+        if not sums and any(name.startswith(prefix) for name in norms):
+            _watch(norms, add, forward)
     for name, (total, squares, count) in sums.items():
         mean = total / count
         return name, mean, (squares / count - mean * mean).clamp(min=0)
