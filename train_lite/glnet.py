@@ -326,9 +326,8 @@ class Glnet(Segmentation):
         rng = np.random.RandomState(self.config.seed)
         chosen = [self.train[i] for i in rng.permutation(len(self.train))[:CALIBRATION_PATCHES // 4]]
         views = [self.view(stored, int(rng.choice(self.turns)), self.tile) for stored in chosen]
-        batch = self.views_to_batch(views, rng, 0, 0)
-        if self.stage == 3:  # more images than a batch of training may have
-            batch = SharedBatch(views, self.tile, True, self.recipe.batch, self.device, spill=True)
+        batch = self.views_to_batch(views, rng, 0, 0) if self.stage < 3 else SharedBatch(
+            views, self.tile, True, self.recipe.batch, self.device, spill=True)  # on disk: more images than training may have at a time
         every = batch.every_patch()
         picks = sorted(every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES])
         used = sorted({v for v, _t in picks})

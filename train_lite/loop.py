@@ -52,9 +52,9 @@ def train_epoch(problem, run, state, stop):
         state.batch = number + 1
         if gradient.pending and state.batch == problem.batches:  # the rest of an epoch makes a step of its own
             step(problem, run, state, gradient, loss)
-        if not gradient.pending and (stop or time.time() - saved > config.save_every):
-            if stop:
-                leave(problem, run, state)
+        if not gradient.pending and stop:
+            leave(problem, run, state)
+        if not gradient.pending and time.time() - saved > config.save_every:
             state.save(run.last, problem)
             saved = time.time()
 
