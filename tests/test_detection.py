@@ -578,6 +578,17 @@ def test_names_in_any_script_are_drawn(name, drawn):
     assert (pictures.beside([(name, small)]) == pictures.beside([(drawn, small)])).all()
 
 
+def test_words_do_not_cover_those_of_a_better_box():
+    """Hundreds of boxes lie on a canvas: each frame is drawn, the words where there is room."""
+    from edge.warp import pictures
+    small, palette = np.zeros((120, 200, 3), np.uint8), ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+    found = np.array([[10, 10, 60, 60, 0.9, 0], [14, 14, 180, 110, 0.8, 1], [120, 10, 190, 60, 0.7, 2]], float)
+    alone = [pictures.outlined(small, found[[at]], 1.0, "abc", palette) for at in range(3)]
+    sheet = pictures.outlined(small, found, 1.0, "abc", palette)
+    assert (sheet[10:20, 10:20] == alone[0][10:20, 10:20]).all() and (sheet[10:20, 122:130] == alone[2][10:20, 122:130]).all()
+    assert (sheet[16:100, 14:16] == (0, 255, 0)).sum() > 2 * 80 and not (sheet[24:30, 16:40] == (0, 255, 0)).all(axis=2).any()
+
+
 @pytest.mark.parametrize("height, width", [(30, 1000), (9, 2000), (2000, 9), (600, 800)])
 def test_boxes_are_drawn_where_they_are_on_narrow_pictures(height, width, tmp_path, monkeypatch):
     """The short side of a shrunk picture is a whole number of px: it does not say by how much the picture was shrunk."""

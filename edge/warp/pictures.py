@@ -48,16 +48,21 @@ def drawable(words):
 
 def outlined(small, boxes, scale, names, palette):
     """The shrunk picture `small` (h, w, 3) uint8 with boxes (n, 6), of edge.boxes.detect, drawn on it. scale: what their px are
-    multiplied with; names, palette: of the classes."""
+    multiplied with; names, palette: of the classes. Words that would cover those of a better box are left out."""
     sheet = Image.fromarray(small)
-    pen, font = ImageDraw.Draw(sheet), _font(11)
+    pen, font, taken = ImageDraw.Draw(sheet), _font(11), []
     for box in boxes[::-1]:  # the best on top
         x0, y0, x1, y1 = (float(side) * scale for side in box[:4])
-        colour = tuple(palette[int(box[5])])
-        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=tuple(palette[int(box[5])]), width=2)
+    for box in boxes:
+        x0, y0, colour = float(box[0]) * scale, float(box[1]) * scale, tuple(palette[int(box[5])])
         words = drawable(names[int(box[5])] if box[4] >= 1 else "%s %.0f %%" % (names[int(box[5])], 100 * box[4]))
         across, down = font.getmask(words).size
-        pen.rectangle((x0, y0, x0 + across + 6, y0 + down + 6), fill=colour)
+        bar = x0, y0, x0 + across + 6, y0 + down + 6
+        if any(bar[0] <= x2 and x1 <= bar[2] and bar[1] <= y2 and y1 <= bar[3] for x1, y1, x2, y2 in taken):
+            continue
+        taken.append(bar)
+        pen.rectangle(bar, fill=colour)
         pen.text((x0 + 3, y0 + 1), words, fill="black" if sum(colour) > 330 else "white", font=font)
     return np.array(sheet)
 
