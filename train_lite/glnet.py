@@ -19,6 +19,7 @@ from train_lite.half import apply
 from train_lite.losses import SumTable, entropy
 from train_lite.models import glnet, norm
 from train_lite.patches import Batch, View
+from train_lite.runfolder import RunFolder
 from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
 
 RATES = {1: 1.0, 2: 0.4, 3: 1.0}  # of --lr, as published
@@ -256,9 +257,11 @@ class Glnet(Segmentation):
     def demand(config):
         if stage(config) > 1:
             demand_base(config)
-        for number in config.stage[1:] if config.name and config.mode == "patch" else "":  # now, not when it is that stage's turn
+        if not config.name or config.mode != "patch" or RunFolder(os.path.join(config.out, config.name)).begun():
+            return  # the last is refused by its own name
+        for number in config.stage[1:]:  # now, not when it is that stage's turn
             path = os.path.join(config.out, stage_name(config.name, stage(config), number))
-            if os.path.exists(os.path.join(path, "config.json")):
+            if RunFolder(path).begun():
                 raise UsageError("--name %s: its stage %s would be %s, and that run exists. Take another --name, or move it away"
                                  % (config.name, number, path))
 

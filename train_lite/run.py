@@ -89,7 +89,7 @@ def _train(config, run, device):
 def _resumed(flags, argv):
     """The config and folder of the run to go on with."""
     run = RunFolder(flags.resume)
-    if not os.path.isfile(run.config):
+    if not run.begun():
         raise UsageError("--resume %s: expected a run folder, such as runs/train/last" % flags.resume)
     extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in OWN_WORDS]
     if extra:
@@ -108,7 +108,7 @@ def _next(config):
     """The training `config` that follows another, None after the last, as _train() takes it: with its RunFolder where it was begun
     already. Raises UsageError where another run has its name."""
     run = config and RunFolder(os.path.join(config.out, config.name))
-    if not run or not os.path.isfile(run.config):
+    if not run or not run.begun():
         return config, None
     stored, run = _stored(run, config._replace(resume=run.path))
     if stored.stage != config.stage or os.path.basename(os.path.normpath(stored.base)) != os.path.basename(config.base):

@@ -33,12 +33,16 @@ class RunFolder:
         while not config.name and os.path.exists(run.path):  # by one that began in this second
             time.sleep(0.1)
             run = cls(os.path.join(config.out, _dated(title)))
-        if os.path.exists(run.config):
+        if run.begun():
             raise UsageError("the run %s exists. Go on with it: --resume %s, or take another --name" % (run.path, run.path))
         os.makedirs(os.path.join(run.path, "samples"), exist_ok=True)
         run.hold()
         run.keep(config)
         return run
+
+    def begun(self):
+        """Whether a training was begun in it."""
+        return os.path.isfile(self.config)
 
     def keep(self, config):
         """Write config.json: with a later start's levers, when it had to take smaller ones."""
