@@ -193,7 +193,7 @@ def test_layouts(tmp_path):
     pairs, classes = labelled.find(str(tmp_path / "b"), 0.2)
     assert classes.names == ("1", "2", "10")  # by number
     assert [sum(p.split == "val" and p.label == label for p in pairs) for label in range(3)] == [1, 1, 1]  # of every class
-    (tmp_path / "b" / "labels.csv").write_text("image,label,split\n1/0.png,yes,\n1/1.png,no,train\n2/0.png,no,val\n")
+    (tmp_path / "b" / "labels.csv").write_text("image,label,split\n1/0.png,yes,\n1/1.png,no,train\n2/0.png,no,valid\n")
     pairs, classes = labelled.find(str(tmp_path / "b"))
     assert classes.names == ("no", "yes") and [(p.label, p.split) for p in pairs] == [(0, "train"), (0, "val"), (1, "train")]
 

@@ -104,7 +104,7 @@ def find_pairs(data, val_share=0.2, group_by=""):
 
 
 def _from_csv(path):
-    return [Pair(os.path.splitext(row["image"])[0], image, mask, row["split"] or "train")
+    return [Pair(os.path.splitext(row["image"])[0], image, mask, row["split"])
             for row, (image, mask) in csv_rows(path, ("image", "mask"), (), LAYOUTS)]
 
 
@@ -120,7 +120,8 @@ def csv_rows(path, files, others, layouts):
         raise BadFile("cannot read %s: %s; %s" % (path, exc, layouts)) from exc
     for number, row in enumerate(rows, 2):
         own = {key: (row.get(key) or "").strip() for key in files + others + ("split",)}
-        if not all(own[key] for key in files + others) or (own["split"] or "train") not in SPLITS:
+        own["split"] = "val" if own["split"] in CALLED_VAL else own["split"] or "train"
+        if not all(own[key] for key in files + others) or own["split"] not in SPLITS:
             problems.append("line %d: %s" % (number, ",".join(str(v) for v in row.values())))
             continue
         paths = [os.path.normpath(os.path.join(folder, own[key])) for key in files]

@@ -53,7 +53,7 @@ def _in_order(name):
 
 def _from_csv(path):
     """(Pair, label) of every line."""
-    return [(Pair(os.path.splitext(row["image"])[0], image, "", row["split"] or "train"), row["label"])
+    return [(Pair(os.path.splitext(row["image"])[0], image, "", row["split"]), row["label"])
             for row, (image,) in csv_rows(path, ("image",), ("label",), LAYOUTS)]
 
 
