@@ -29,8 +29,9 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 def listed(folder, endings=READABLE):
     """Paths of the files in a folder that have one of these endings, in order. Not the hidden ones: macOS leaves one beside every image."""
-    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.lower().endswith(endings) and name[0] != "."]
-    return [path for path in paths if not os.path.isdir(path)]
+    with os.scandir(folder) as entries:
+        return sorted(entry.path for entry in entries
+                      if entry.name.lower().endswith(endings) and entry.name[0] != "." and not entry.is_dir())
 
 
 class ArrayPicture:

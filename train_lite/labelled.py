@@ -59,7 +59,7 @@ def _from_csv(path):
 
 def _is_ours(folder):
     """Whether runs, or results of edge-run, lie in a folder: runs/, where the commands were typed beside the classes."""
-    depths = [os.path.join(glob.escape(folder), *("*",) * depth) for depth in range(3)]
+    depths = [os.path.join(glob.escape(folder), *("*",) * depth) for depth in range(1 if listed(folder) else 3)]
     if not any(glob.glob(os.path.join(path, name)) for path in depths for name in ("lock", "results.jsonl")):
         return False
     say("%s holds runs or results, and is no class" % folder)
