@@ -213,6 +213,7 @@ def test_hidden_files_are_no_images(tmp_path):
     assert [pair.name for pair in labelled.find(str(tmp_path), 0.0)[0]] == ["cat/1", "cat/2", "dog/1", "dog/2"]
 
 
+@pytest.mark.slow
 def test_commands_typed_beside_the_classes(tmp_path):
     put(tmp_path, *["%s/%d.png" % (name, index) for name in ("cat", "dog") for index in range(3)])
     words = ("train_lite", "--data", ".", "--model", "mobilenetv2", "--width", 4, "--res", 64, "--patch", 64, "--epochs", 1, "--name")
