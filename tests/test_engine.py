@@ -248,7 +248,7 @@ def test_what_does_not_match_is_refused_before_it_is_deserialised(kind, engine, 
     pycuda.double.check_teardown()
 
 
-@pytest.mark.parametrize("content", [b"", b"no plan", os.urandom(5000)])
+@pytest.mark.parametrize("content", [b"", b"no plan", os.urandom(5000)], ids=["empty", "text", "noise"])
 def test_a_file_with_the_right_hash_that_is_no_plan(content, engine, frame, tmp_path):
     engine.write_bytes(content)
     rehash(engine)

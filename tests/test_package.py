@@ -74,3 +74,15 @@ def test_a_package_that_does_not_load_is_named(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", load)
     with pytest.raises(UsageError, match="'torch' does not load: libopenblas.*jetson doctor"):
         optional.need("torch")
+
+
+@pytest.mark.slow
+def test_two_processes_collect_the_same_tests():
+    """scripts/test takes two files at a time, in processes that must agree on every name."""
+    found = []
+    for seed in ("1", "2"):
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests"], cwd=ROOT, stdout=subprocess.PIPE,
+                              env=dict(os.environ, PYTHONHASHSEED=seed))
+        assert done.returncode == 0, done.stdout.decode()[-2000:]
+        found.append([line for line in done.stdout.decode().splitlines() if "::" in line])
+    assert found[0] == found[1] and len(found[0]) > 3000
