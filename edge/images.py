@@ -23,7 +23,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, At
 
 Image.MAX_IMAGE_PIXELS = None  # the limits above take its place; Pillow's would refuse the images we exist for
 OVERLAY_OPACITY = 0.5
-ORIENTATION = 274  # the EXIF tag
+ORIENTATION = 274  # the tag of EXIF and TIFF
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -90,6 +90,8 @@ def photo_header(path):
     try:
         with Image.open(path) as image:
             width, height = image.size
+            if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) > 4:
+                width, height = image.tag_v2[257], image.tag_v2[256]  # Pillow turns it; older ones say so after loading only
             bands = image.format == "PNG" and height * width > STREAM_ABOVE_PX
             believable = width < 10 ** 6 if bands else height * width <= WHOLE_LIMIT_PX
             return (height, width, bands) if believable else None
@@ -98,10 +100,10 @@ def photo_header(path):
 
 
 def orientation(path):
-    """How a viewer turns an image: its EXIF flag, 2 to 8; 1, not at all, where it has none. Nothing here turns it."""
+    """How a viewer turns an image that is not turned here: its EXIF flag, 2 to 8; 1, not at all, where it has none. A TIFF is turned."""
     try:
         with Image.open(path) as image:
-            turn = image.getexif().get(ORIENTATION, 1)
+            turn = 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ORIENTATION, 1)  # PNG's own would decode all of it
     except DAMAGE:
         return 1
     return turn if turn in range(2, 9) else 1

@@ -343,6 +343,28 @@ def test_normalise():
     assert np.array_equal(images.normalise(pixels, mean, std), got[0])
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_which_flags_turn_an_image(tmp_path, turn):
+    """Pillow, old and new, turns TIFF files, and no others."""
+    array = scene("noisy", 3, 30, 21)
+    exif = Image.Exif()
+    exif[274] = turn
+    for name, options in (("a.tif", {"tiffinfo": {274: turn}}), ("a.png", {"exif": exif}), ("a.webp", {"exif": exif, "lossless": True})):
+        path = str(tmp_path / name)
+        Image.fromarray(array).save(path, **options)
+        turned = name == "a.tif" and turn > 1
+        found = images.whole(images.open_photo(path))
+        assert np.array_equal(found, array) != turned and sorted(found.ravel()) == sorted(array.ravel()), name
+        assert images.photo_header(path) == found.shape[:2] + (False,) and images.orientation(path) == (1 if turned else turn), name
+
+
+def test_the_flag_of_a_large_png_is_read_without_its_pixels(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.png")
+    Image.new("RGB", (9, 7)).save(path)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    assert images.orientation(path) == 1
+
+
 MEASURE = """
 import sys
 from edge import images

@@ -3,6 +3,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -155,6 +156,23 @@ def test_the_store_knows_which_classes_it_holds(tmp_path):
     assert again.ids == entry.ids == (1, 3) and store.absent([again], "abcde") == ["a", "c", "e"]
     other = stored(tmp_path, noise(40, 33), Image.fromarray(noise(40, 33, 3, 1)).save, classes=5)
     assert other.ids == (0, 1, 2) and store.absent([entry, other], "abcde") == ["e"]
+
+
+@pytest.mark.parametrize("turn, mask_turn, shape, mask_shape, hint", [
+    (3, 3, (40, 33), (40, 33), None), (6, 1, (40, 33), (40, 33), None), (3, 1, (40, 33), (40, 33), "says whether"), (1, 2, (40, 33), (40, 33), "says whether"),
+    (8, 6, (40, 33), (40, 33), "says whether"), (6, 1, (40, 40), (40, 40), "says whether"), (6, 1, (40, 33), (33, 40), "expected the same size"),
+    (1, 1, (40, 33), (33, 40), "expected the same size$")])
+def test_masks_of_images_turned_by_a_flag(tmp_path, turn, mask_turn, shape, mask_shape, hint):
+    """A mask painted on what a viewer shows would lie upside down on the pixels as stored, without a word."""
+    for name, size, own in (("image", shape, turn), ("mask", mask_shape, mask_turn)):
+        exif = Image.Exif()
+        exif[274] = own
+        Image.fromarray(noise(*size + (2,)) if name == "image" else noise(*size + (2, 1))).save(str(tmp_path / (name + ".png")), exif=exif)
+    pair, problems = dataset.Pair("a", str(tmp_path / "image.png"), str(tmp_path / "mask.png"), "train"), []
+    found = store.ingest([pair], dataset.read_classes(str(tmp_path), TrainConfig()), "none", 0, str(tmp_path / "store"), 1.0, None, 0, problems)
+    assert (len(found), len(problems)) == ((1, 0) if hint is None else (0, 1))
+    if hint:
+        assert re.search(hint, problems[0]) and "image.png" in problems[0] and ("auto-orient" in problems[0]) == (turn != mask_turn)
 
 
 def test_a_full_store_deletes_its_own_files_only(tmp_path):

@@ -9,6 +9,8 @@ from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE, listed, orientation
 
 IGNORE = 255  # class id of pixels that count nowhere: unlabelled, or owned by another tile
+TURNED = ("Where %s drawn on what a viewer shows, turn the pixels: mogrify -auto-orient FILE. Where on the pixels as stored, take the flag "
+          "away: exiftool -Orientation= FILE.")
 SPLITS = ("train", "val", "test")
 CALLED_VAL = ("val", "valid", "validation")
 MOST_CLASSES = 250  # masks hold class ids in a byte, contracts as many names
@@ -169,8 +171,7 @@ def demand_sizes(pairs, headers):
               "Is it turned by a flag in the file (EXIF), which is not followed here? Turn its pixels, such as with mogrify -auto-orient, "
               "or correct the size in the annotation.")
     raise_all(unclear, "some images are turned by a flag in the file (EXIF), and nothing says whether their boxes are",
-              "Where boxes were drawn on what a viewer shows, turn the pixels: mogrify -auto-orient FILE. Where they were drawn on the pixels "
-              "as stored, take the flag away: exiftool -Orientation= FILE.")
+              TURNED % "boxes were")
 
 
 def voc_lists(folder):

@@ -16,7 +16,7 @@ from edge import images
 from edge.command import cache_home, say, written
 from edge.errors import BadFile
 from edge.geometry import nearest_index, reflect
-from train_lite.dataset import IGNORE
+from train_lite.dataset import IGNORE, TURNED
 
 VERSION = 4
 BLOCK = 128
@@ -186,9 +186,8 @@ def _open(pair, path):
 def _add(pair, path, classes, resize, resize_px):
     image = images.open_photo(pair.image)
     mask = images.open_mask(pair.mask, classes.by_colour) if pair.mask else None
-    if mask and (image.height, image.width) != (mask.height, mask.width):
-        raise BadFile("%s is %dx%d but its mask %s is %dx%d; expected the same size" % (
-            pair.image, image.width, image.height, pair.mask, mask.width, mask.height))
+    if mask:
+        _demand_alike(pair, image, mask)
     height, width = images.fitted_size(image.height, image.width, resize, resize_px)
     sized = images.resized(image, height, width)
     decode = LabelDecoder(pair.mask, classes) if mask else None
@@ -210,6 +209,18 @@ def _add(pair, path, classes, resize, resize_px):
         handle.write(json.dumps({"version": VERSION, "height": height, "width": width, "white": white, "ids": ids}).encode())
 
     return Stored(pair, path, height, width, white, ids)
+
+
+def _demand_alike(pair, image, mask):
+    """Raise BadFile where a mask is of another size than its image, or where one of them is turned by a flag and sizes do not say whether
+    the other was drawn on it turned."""
+    turns, sides = [images.orientation(path) for path in (pair.image, pair.mask)], (image.height, image.width)
+    flags = "One of them is turned by a flag (EXIF orientation %d, %d), which is not followed here. " % tuple(turns) + TURNED % "it was"
+    if sides != (mask.height, mask.width):
+        raise BadFile("%s is %dx%d but its mask %s is %dx%d; expected the same size%s" % (
+            pair.image, image.width, image.height, pair.mask, mask.width, mask.height, "" if turns[0] == turns[1] else ". " + flags))
+    if turns[0] != turns[1] and (len(set(sides)) == 1 or (turns[0] < 5) == (turns[1] < 5)):
+        raise BadFile("%s and its mask %s: nothing says whether they agree. %s" % (pair.image, pair.mask, flags))
 
 
 def contradictions(stored):
