@@ -166,8 +166,8 @@ def export(path, out, config, backend):
 
 def _validation(trained, classes):
     """(name, path, labels) of the run's validation images, as parity.chosen takes them; [] where its data is not here."""
-    from train_lite import store
-    from train_lite.problem import task
+    from train_lite.data import store
+    from train_lite.tasks.problem import task
     data = trained.data or os.path.join("runs", "demo-%d" % trained.res)
     try:
         pairs, _classes = task(trained).find(trained, data)

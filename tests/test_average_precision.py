@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import real_data
-from train_lite.average_precision import evaluate
+from train_lite.tasks.average_precision import evaluate
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 

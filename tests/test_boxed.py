@@ -7,8 +7,8 @@ from PIL import Image
 
 from conftest import real_data
 from edge.errors import BadFile, UsageError
-from train_lite import boxed
-from train_lite.dataset import SHADES, Box, Pair, demand_sizes
+from train_lite.data import boxed
+from train_lite.data.dataset import SHADES, Box, Pair, demand_sizes
 
 SIZE = "<size><width>200</width><height>100</height></size>"
 

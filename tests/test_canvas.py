@@ -11,8 +11,8 @@ from conftest import command, real_data
 from edge.errors import BadFile
 from edge.images import PngWriter
 from test_boxed import coco, put
-from train_lite import boxed, canvas
-from train_lite.dataset import Box
+from train_lite.data import boxed, canvas
+from train_lite.data.dataset import Box
 
 SIDES = ((20, 40), (90, 60), (32, 32), (16, 100), (33, 10))  # height, width
 
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
 def test_real_photographs(tmp_path):
     """As typed: 36 photographs on a canvas; every box of the chosen ones is there."""
     data, out = real_data("coco_small"), tmp_path / "out"
-    done = command("train_lite.canvas", "--data", data, "--out", out, "--count", 1, "--grid", 6, "--cell", 100)
+    done = command("train_lite.data.canvas", "--data", data, "--out", out, "--count", 1, "--grid", 6, "--cell", 100)
     assert done.returncode == 0 and "1 canvases of 600 px" in done.stderr, done.stderr
     entry, = stored(str(out))["images"]
     (pair,), classes = boxed.find(str(out), 0.0)

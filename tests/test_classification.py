@@ -13,14 +13,15 @@ from conftest import BLOCKS, LOOK, STEP, command, peaks_kib, real_data, write_la
 from doubles import api_folder
 from edge.errors import BadFile, UsageError
 from edge.images import ArrayPicture
-from train_lite import labelled, metrics, patches, ultramnist
-from train_lite.classification import GridBatch
+from train_lite import metrics, patches
 from train_lite.config import ModeSettings
-from train_lite.dataset import Pair
+from train_lite.data import labelled, ultramnist
+from train_lite.data.dataset import Pair
 from train_lite.gradient import Gradient, varies
 from train_lite.losses import GridLoss, GridTable
 from train_lite.models import gridnet
 from train_lite.patches import View
+from train_lite.tasks.classification import GridBatch
 from test_engine import board
 
 TILE = 32
@@ -350,7 +351,7 @@ def test_scales_have_the_weights_of_the_definition():
 
 
 def test_the_set_is_written(tmp_path):
-    words = ("train_lite.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", "--side", 256, "--canvas", 512, "--sums", 10,
+    words = ("train_lite.data.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", "--side", 256, "--canvas", 512, "--sums", 10,
              "--train", 20, "--val", 10, "--test", 10, "--json")
     done = command(*words)
     assert done.returncode == 0, done.stderr
@@ -370,12 +371,12 @@ def test_the_set_is_written(tmp_path):
 @pytest.mark.parametrize("words, code, said", [
     (["--side", "20"], 2, "--side is 20"), (["--seed", "-1"], 2, "--seed is -1"), (["--canvas", "100"], 2, "--canvas is 100"), (["--sums", "30"], 2, "--sums"), (["--train", "9"], 2, "--train is 9, expected 28 to"), (["--mnist", "nowhere"], 5, "no train")])
 def test_ultramnist_usage(words, code, said, tmp_path):
-    done = command("train_lite.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", *words)
+    done = command("train_lite.data.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", *words)
     assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1
 
 
 def test_a_canvas_that_was_too_small_can_be_drawn_larger(tmp_path):
-    words = ("train_lite.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", "--train", 60, "--val", 0, "--test", 0)
+    words = ("train_lite.data.ultramnist", "--mnist", fake_mnist(tmp_path / "mnist"), "--out", tmp_path / "out", "--train", 60, "--val", 0, "--test", 0)
     small = command(*words, "--side", 64)
     assert small.returncode == 2 and "--canvas 64 is too small for" in small.stderr and not os.listdir(str(tmp_path / "out"))
     assert command(*words, "--side", 512).returncode == 0
@@ -478,8 +479,9 @@ def trained(shades, tmp_path_factory):
 def test_edge_run_gives_trainings_own_answers(trained, shades, tmp_path):
     """The labels, and the shares to 1e-4, of every test image; its oblong ones too."""
     from edge import schema
-    from train_lite import state, store
-    from train_lite.classification import Classification
+    from train_lite import state
+    from train_lite.data import store
+    from train_lite.tasks.classification import Classification
     net, config, classes, _tile, _meta = state.restore(str(trained / "run" / "best.safetensors"))
     pairs, _classes = labelled.find(str(shades))
     stored = store.ingest(pairs, classes, "stretch", 64, str(tmp_path / "cache"), 1, (32, 32), 0, [])
@@ -504,7 +506,7 @@ def test_exports_pass_the_target_check_and_the_gate(model, head, fusion, tmp_pat
     from export import parity, targets, to_onnx
     from train_lite import evaluate
     from train_lite.config import TrainConfig, mode_settings
-    from train_lite.dataset import Classes
+    from train_lite.data.dataset import Classes
     config = TrainConfig(model=model, head=head, global_patch=fusion, width=4, res=64, patch=32)
     torch.manual_seed(0)
     net = gridnet.build(model, head, 4, "group", 3, (2, 2), fusion).eval()
@@ -549,9 +551,9 @@ def test_images_taken_as_they_are(tmp_path):
 @pytest.mark.parametrize("head, patches", [("small", 128 + 2), ("patchgd", 2 * (64 + 1))])
 def test_norms_are_measured_on_a_bounded_number_of_patches(head, patches):
     """A grid of 64 patches, 40 images: patches of many images, or the whole grids of two."""
-    from train_lite.classification import Classification
     from train_lite.config import TrainConfig
-    from train_lite.dataset import Classes
+    from train_lite.data.dataset import Classes
+    from train_lite.tasks.classification import Classification
     config = TrainConfig(model="mobilenetv2", head=head, norm="batch", global_patch="add", width=4, res=8 * TILE, patch=TILE)
     stored = [Memory(np.random.RandomState(at), 8 * TILE, at % 2) for at in range(40)]
     made = Classification(config, Classes(("a", "b"), ((0, 0, 0), (9, 9, 9)), 2, False, ()), stored, [], [], torch.device("cpu"))
@@ -567,9 +569,9 @@ def test_norms_are_measured_on_a_bounded_number_of_patches(head, patches):
 def test_norms_without_statistics_in_the_weights_are_measured(tmp_path):
     """--norm frozen --weights: the encoder's come from the file, those of PatchGD's head from images."""
     from train_lite import state
-    from train_lite.classification import Classification
     from train_lite.config import TrainConfig
-    from train_lite.dataset import Classes
+    from train_lite.data.dataset import Classes
+    from train_lite.tasks.classification import Classification
     torch.manual_seed(0)
     source = gridnet.build("mobilenetv2", "small", 4, "batch", 2, (2, 2), "add")
     for module in source.encoder.modules():
@@ -621,10 +623,10 @@ def test_engine_gives_the_scores_of_onnx_runtime(generation, trained, shades, tm
 READ = """
 import os, sys
 import torch
-from train_lite import labelled, store
-from train_lite.classification import Classification
 from train_lite.config import TrainConfig, mode_settings
+from train_lite.data import labelled, store
 from train_lite.state import State
+from train_lite.tasks.classification import Classification
 torch.set_num_threads(1)
 folder, res = sys.argv[1], int(sys.argv[2])
 config = TrainConfig(model="mobilenetv2", width=8, res=res, patch=256, patches=2, inner=2, global_patch="add", epochs=1)

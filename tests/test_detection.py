@@ -17,15 +17,15 @@ from edge import boxes
 from edge.errors import BadFile, ParityError
 from edge.images import ArrayPicture
 from edge.scores import Host, Recipe
-from train_lite import boxloss
-from train_lite.boxloss import BoxLoss
 from train_lite.config import ModeSettings
-from train_lite.dataset import Box, Pair
-from train_lite.detection import BoxBatch, BoxView, Detection
-from train_lite.field import Field
+from train_lite.data.dataset import Box, Pair
 from train_lite.gradient import Gradient
 from train_lite.models import fcos
 from train_lite.patches import MEAN, STD
+from train_lite.tasks import boxloss
+from train_lite.tasks.boxloss import BoxLoss
+from train_lite.tasks.detection import BoxBatch, BoxView, Detection
+from train_lite.tasks.field import Field
 from test_engine import board
 
 TILE = 128
@@ -351,8 +351,9 @@ def test_trains_and_resumes(trained):
 @pytest.mark.slow
 def test_edge_run_gives_trainings_own_boxes(trained, things, tmp_path):
     from edge import schema
-    from train_lite import boxed, state, store
-    from train_lite.detection import Detection
+    from train_lite import state
+    from train_lite.data import boxed, store
+    from train_lite.tasks.detection import Detection
     net, config, classes, _tile, _meta = state.restore(str(trained / "run" / "best.safetensors"))
     pairs, _classes = boxed.find(str(things))
     stored = store.ingest([pair for pair in pairs if pair.split == "val"], classes, "long", 192, str(tmp_path / "cache"), 1, (128, 128), 0, [])
@@ -404,7 +405,7 @@ def test_exports_pass_the_target_check_and_the_gate(model, fusion, tmp_path):
     from export import parity, targets, to_onnx
     from train_lite import evaluate
     from train_lite.config import TrainConfig, mode_settings
-    from train_lite.dataset import Classes
+    from train_lite.data.dataset import Classes
     config = TrainConfig(model=model, global_patch=fusion, width=4, res=256, patch=128, max_boxes=7)
     torch.manual_seed(0)
     net = fcos.build(model, 4, "group", 1, fusion).eval()
@@ -463,10 +464,10 @@ def test_usage(flags, code, said, things, tmp_path):
 READ = """
 import os, sys
 import torch
-from train_lite import boxed, store
 from train_lite.config import TrainConfig
-from train_lite.detection import Detection
+from train_lite.data import boxed, store
 from train_lite.state import State
+from train_lite.tasks.detection import Detection
 torch.set_num_threads(1)
 folder, res = sys.argv[1], int(sys.argv[2])
 config = TrainConfig(model="fcos-mobilenetv2", width=8, res=res, patch=256, patches=2, inner=1, global_patch="add", epochs=1,

@@ -17,14 +17,14 @@ from edge import images, tiles
 from edge.images import ArrayPicture
 from train_lite import checkpoint, loop, state
 from train_lite.config import ModeSettings
-from train_lite.dataset import IGNORE, Pair
+from train_lite.data.dataset import IGNORE, Pair
 from train_lite.evaluate import Branches
-from train_lite.glnet import Glnet, GlobalBatch, SharedBatch, Stage1Loss, Stage2Loss, Stage3Loss, TileBatch, TileView
 from train_lite.gradient import Gradient
 from train_lite.half import LossScale
 from train_lite.models import glnet, norm
 from train_lite.patches import MEAN, STD
 from train_lite.run import main
+from train_lite.tasks.glnet import Glnet, GlobalBatch, SharedBatch, Stage1Loss, Stage2Loss, Stage3Loss, TileBatch, TileView
 
 MODELS = ["glnet-mobilenetv2", "glnet"]
 KINDS = ("backbone", "ps0", "ps1", "ps2")
@@ -645,7 +645,7 @@ def place(tmp_path_factory):
 def here(place, monkeypatch):
     """here(*words): the training in this process, in the folder of `place`; returns its exit code."""
     monkeypatch.chdir(str(place))
-    monkeypatch.setattr("train_lite.glnet.CALIBRATION_PATCHES", 4)  # norms are measured one by one
+    monkeypatch.setattr("train_lite.tasks.glnet.CALIBRATION_PATCHES", 4)  # norms are measured one by one
     return lambda *words: main([str(word) for word in words])
 
 
@@ -801,7 +801,7 @@ def problem_of(place, config, base):
 
 def test_norms_of_frozen_branches_freeze_too(place, monkeypatch):
     """Of a stage before that did not freeze them; each measured on what those before it give, frozen."""
-    monkeypatch.setattr("train_lite.glnet.CALIBRATION_PATCHES", 4)
+    monkeypatch.setattr("train_lite.tasks.glnet.CALIBRATION_PATCHES", 4)
     for base, stage in (("ref", "2"), ("ref-2", "3")):
         problem = problem_of(place, {"stage": stage, "freeze_at": 0.0}, base)
         begun = state.new(problem)
@@ -946,10 +946,10 @@ def test_coarse_to_fine_trains(place, here):
 READ = """
 import os, sys
 import torch
-from train_lite import dataset, store
 from train_lite.config import TrainConfig
-from train_lite.glnet import Glnet
+from train_lite.data import dataset, store
 from train_lite.state import State
+from train_lite.tasks.glnet import Glnet
 torch.set_num_threads(1)
 folder, res = sys.argv[1], int(sys.argv[2])
 config = TrainConfig(model="glnet-mobilenetv2", width=4, res=res, patch=256, overlap=0, micro_batch=2, epochs=1,

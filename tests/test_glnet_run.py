@@ -17,9 +17,10 @@ from edge.errors import BadFile, ParityError
 from edge.images import ArrayPicture
 from export import parity, targets, to_onnx
 from test_engine import board
-from train_lite import dataset, evaluate, state, store
+from train_lite import evaluate, state
 from train_lite.config import TrainConfig, mode_settings
-from train_lite.dataset import Classes
+from train_lite.data import dataset, store
+from train_lite.data.dataset import Classes
 from train_lite.models import glnet
 
 PLAN = ["--model", "glnet", "--width", 16, "--res", 512, "--patch", 128, "--plan"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train_lite.config import ModeSettings
-from train_lite.dataset import IGNORE, Pair
+from train_lite.data.dataset import IGNORE, Pair
 from train_lite.gradient import Gradient
 from train_lite.losses import SegmentationLoss
 from train_lite.models import build

@@ -50,8 +50,8 @@ def test_imports_point_one_way(package):
     assert not wrong
 
 
-@pytest.mark.parametrize("package", ["jetson", "edge"])
-def test_no_heavy_import_below_train_lite(package):
+@pytest.mark.parametrize("package", ["jetson", "edge", os.path.join("train_lite", "data")])
+def test_no_heavy_import_below_training(package):
     wrong = ["%s imports %s" % (os.path.relpath(path, ROOT), name) for path in sources(package)
              for name, _top in imports(path) if name.split(".")[0] in HEAVY]
     assert not wrong, "take it through edge.optional.need"

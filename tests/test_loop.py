@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, command, real_data, rest_slow, write_set
-from train_lite import checkpoint, demo, loop
-from train_lite.run import main
+from train_lite import checkpoint, loop
 from train_lite.config import HELPS, TrainConfig
+from train_lite.data import demo
+from train_lite.run import main
 from train_lite.runfolder import RunFolder
 
 SMALL = ("--res", 56, "--patch", 32, "--overlap", 8, "--width", 4, "--epochs", 2, "--threads", 1)
@@ -117,7 +118,7 @@ def test_every_flag_is_explained():
 
 
 def test_learning_rate_warms_up_and_decays():
-    from train_lite.segmentation import Segmentation
+    from train_lite.tasks.segmentation import Segmentation
     problem = Segmentation.__new__(Segmentation)
     problem.steps, problem.config = 1000, TrainConfig(lr=1.0, beta2=0.99, warm_up=0.5)
     rates = [problem.learning_rate(step) for step in range(1, 1001)]

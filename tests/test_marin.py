@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from edge.warp import reference
 from test_sampler import SQUARE, batch_of, gradient_of, warp_net
-from train_lite import marin
-from train_lite.marin import ALPHA, NODES, NodeNet
+from train_lite.samplers import marin
+from train_lite.samplers.marin import ALPHA, NODES, NodeNet
 
 
 def some_edges(kind, height=24, width=40):

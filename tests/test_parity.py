@@ -13,7 +13,7 @@ from edge.pipeline import Segmenter
 from export import halve, parity, to_onnx
 from train_lite import evaluate
 from train_lite.config import TrainConfig, mode_settings
-from train_lite.dataset import Classes
+from train_lite.data.dataset import Classes
 from train_lite.models import build, norm
 
 COLOURS = ((0, 0, 0), (200, 30, 30), (30, 200, 30))

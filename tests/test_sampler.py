@@ -12,16 +12,17 @@ from edge import images
 from edge.errors import UsageError
 from edge.geometry import bilinear_matrix, reflect
 from edge.warp import path
-from train_lite import dataset, evaluate, store
+from train_lite import evaluate
 from train_lite.config import ModeSettings, TrainConfig, check, density_radius, density_size, task_size
-from train_lite.dataset import IGNORE, Classes, Pair
-from train_lite.deform import FLOOR, LOOKS, Sampler, WarpBatch, WarpNet
+from train_lite.data import dataset, store
+from train_lite.data.dataset import IGNORE, Classes, Pair
 from train_lite.gradient import Gradient
 from train_lite.models import FEATURES, MODELS, norm
 from train_lite.models.deform import DeformNet
 from train_lite.patches import MEAN, STD, View
-from train_lite.segmentation import Segmentation
+from train_lite.samplers.deform import FLOOR, LOOKS, Sampler, WarpBatch, WarpNet
 from train_lite.state import State
+from train_lite.tasks.segmentation import Segmentation
 
 CPU = torch.device("cpu")
 SIZES = ((37, 45), (53, 29), (16, 71))

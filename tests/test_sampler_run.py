@@ -24,10 +24,10 @@ from test_engine import board, build
 from test_resume import KILLED_WHILE_SAVING, start, table
 from train_lite import checkpoint, evaluate, run, state
 from train_lite.config import TrainConfig, mode_settings
-from train_lite.dataset import Classes
-from train_lite.deform import Sampler, WarpNet
+from train_lite.data.dataset import Classes
 from train_lite.models import FEATURES, MODELS, norm
 from train_lite.models.deform import DeformNet
+from train_lite.samplers.deform import Sampler, WarpNet
 
 SMALL = ("--res", 120, "--task-size", "64x32", "--density", 32, "--deform-width", 8, "--width", 4, "--threads", 1)
 LEARNS = SMALL + ("--epochs", 6, "--lr", 1e-2, "--freeze-at", 0.5, "--freeze", "all")
@@ -526,10 +526,10 @@ import os, sys
 import numpy as np
 import torch
 from edge.errors import raise_all
-from train_lite import dataset, store
 from train_lite.config import TrainConfig, mode_settings
-from train_lite.segmentation import Segmentation
+from train_lite.data import dataset, store
 from train_lite.state import State
+from train_lite.tasks.segmentation import Segmentation
 torch.set_num_threads(1)
 folder, res = sys.argv[1], int(sys.argv[2])
 config = TrainConfig(res=res, width=16, sampler="deform", task_size="256x256", epochs=1, shrink=0.0)

@@ -14,11 +14,12 @@ from edge import scores  # noqa: E402
 from edge.geometry import nearest_index  # noqa: E402
 from edge.warp import path, reference  # noqa: E402
 from edge.warp import pictures as warp_pictures  # noqa: E402
-from train_lite import dataset, evaluate, metrics, pictures, run, state, store  # noqa: E402
+from train_lite import evaluate, metrics, pictures, run, state  # noqa: E402
 from train_lite.config import TrainConfig, mode_settings  # noqa: E402
-from train_lite.dataset import IGNORE  # noqa: E402
+from train_lite.data import dataset, store  # noqa: E402
+from train_lite.data.dataset import IGNORE  # noqa: E402
 from train_lite.metrics import Boundaries  # noqa: E402
-from train_lite.segmentation import Segmentation  # noqa: E402
+from train_lite.tasks.segmentation import Segmentation  # noqa: E402
 from warp_cases import CASES, grid_of  # noqa: E402
 
 CPU = torch.device("cpu")

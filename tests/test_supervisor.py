@@ -186,7 +186,7 @@ def test_a_child_that_dies_of_a_fault_is_named(monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", ["SIGTERM", "SIGHUP"])
 def test_a_stop_before_the_training_begins(stop, place):
-    hook = "from train_lite import dataset; dataset.find_pairs = lambda *_args: os.kill(os.getpid(), signal.%s)" % stop
+    hook = "from train_lite.data import dataset; dataset.find_pairs = lambda *_args: os.kill(os.getpid(), signal.%s)" % stop
     code, text, starts = ended(place, start(place, *new_run("never-" + stop), hook=hook))
     assert code == 130 and starts == 1 and "interrupted" in text, text
 
@@ -269,7 +269,7 @@ def test_killed_again_and_again_it_gives_up(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["die", "no_memory"])
 def test_dead_before_there_is_a_run_it_gives_up(fault, place):
-    hook = "later({0}); from train_lite import dataset; dataset.find_pairs = {0}".format(fault)
+    hook = "later({0}); from train_lite.data import dataset; dataset.find_pairs = {0}".format(fault)
     process = start(place, *new_run("early-" + fault, "--micro-batch", 2), hook=hook)
     code, text, starts = ended(place, process, timeout=100)
     assert code == 3 and starts <= 8, text
@@ -284,7 +284,7 @@ def test_a_resumed_run_that_fails_at_once_gives_up(fault, place):
     process = start(place, *new_run(name))
     os.kill(child_at(place, name, 3, process), signal.SIGINT)
     assert ended(place, process)[0] == 130
-    hook = "later({0}); from train_lite import segmentation; segmentation.Segmentation.__init__ = {0}".format(fault)
+    hook = "later({0}); from train_lite.tasks import segmentation; segmentation.Segmentation.__init__ = {0}".format(fault)
     code, text, starts = ended(place, start(place, "--resume", "runs/" + name, hook=hook), timeout=100)
     assert code == 3 and starts <= 8, text
 

@@ -13,8 +13,9 @@ torch = pytest.importorskip("torch")
 
 from edge import images, tiles  # noqa: E402
 from edge.errors import BadFile, UsageError, raise_all  # noqa: E402
-from train_lite import checkpoint, dataset, demo, evaluate, metrics, state, store  # noqa: E402
+from train_lite import checkpoint, evaluate, metrics, state  # noqa: E402
 from train_lite.config import TrainConfig, mode_settings  # noqa: E402
+from train_lite.data import dataset, demo, store  # noqa: E402
 from train_lite.models import MODELS, build, norm  # noqa: E402
 from train_lite.patches import View  # noqa: E402
 
@@ -618,7 +619,7 @@ def test_patches_for_frozen_norms_are_drawn_from_all_images(monkeypatch):
     """The same as from a list of every patch of every image, which is long for a set of large ones."""
     import torch
     from train_lite import patches
-    from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
+    from train_lite.tasks.segmentation import CALIBRATION_PATCHES, Segmentation
 
     class Plain:
         def __init__(self, height, width):

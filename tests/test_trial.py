@@ -217,8 +217,9 @@ def test_an_honest_model_stays_below_a_third(trained, seen):
     ("unet", 16, 256, 1, 254, "add"), ("deeplabv3", 64, 128, 1, 1, "concat"), ("unet", 4, 1024, 1, 1, "concat")])
 def test_nets_of_this_package_stay_below_a_third(model, width, tile, batch, outputs, fusion, tmp_path, seen):
     pytest.importorskip("torch")
-    from train_lite import dataset, models
+    from train_lite import models
     from train_lite.config import TrainConfig
+    from train_lite.data import dataset
     from edge.scores import Recipe
     from export import to_onnx
     net = models.build(model, width, "group", outputs, fusion)

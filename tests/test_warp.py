@@ -14,8 +14,8 @@ from edge.errors import EdgeError
 from edge.geometry import bilinear_matrix, reflect
 from edge.scores import labels_of
 from edge.warp import reference
-from train_lite import store
-from train_lite import warp as trained
+from train_lite.data import store
+from train_lite.samplers import warp as trained
 from warp_cases import BAD_GRIDS, CASES, density, grid_of, picture_of, scores_of
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -5,9 +5,10 @@ import torch
 from edge import glnet, scores
 from edge.command import say
 from edge.warp import path, reference
-from train_lite import marin, metrics
-from train_lite.deform import Sampler, oracle_logits
+from train_lite import metrics
 from train_lite.patches import MEAN, STD
+from train_lite.samplers import marin
+from train_lite.samplers.deform import Sampler, oracle_logits
 
 
 def recipe(settings, tile, batch):

@@ -6,7 +6,7 @@ dL/dp of the Dice term needs only the totals (docs/method.md, section 1), so a s
 import torch
 from torch.nn import functional as F
 
-from train_lite.dataset import IGNORE
+from train_lite.data.dataset import IGNORE
 from train_lite.half import apply
 from train_lite.models.norm import set_updating
 

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from train_lite.dataset import IGNORE
+from train_lite.data.dataset import IGNORE
 
 NAMES = ("acc", "f1", "iou", "bacc", "plr", "nlr")
 PLR_LIMIT = 1e4  # stands for infinity: no false positives at all

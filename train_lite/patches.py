@@ -6,7 +6,7 @@ import torch
 
 from edge import images, tiles
 from edge.scores import interpolation
-from train_lite.dataset import IGNORE
+from train_lite.data.dataset import IGNORE
 from train_lite.half import apply
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of x/255 in RGB: what pretrained encoders expect

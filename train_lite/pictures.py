@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw
 from edge import images
 from edge.geometry import nearest_index
 from edge.warp.pictures import beside, shown, whereabouts
-from train_lite.dataset import IGNORE
+from train_lite.data.dataset import IGNORE
 
 
 def curves(rows, series, path):

@@ -19,7 +19,7 @@ from train_lite.config import SUPERVISOR_MIB, micro_batch, mode_settings, patch_
 from train_lite.device import JETSON_CUDA_MIB, Peak, memory_mib, out_of_memory, own_memory
 from train_lite.models.recompute import recompute
 from train_lite.optimizer import STATE_BYTES
-from train_lite.problem import task
+from train_lite.tasks.problem import task
 
 MIB = 2.0 ** 20
 PROBE_PX = 64       # side of the tile whose activations are counted

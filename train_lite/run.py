@@ -11,9 +11,10 @@ from edge.images import fitted_size, photo_header
 from edge.optional import need
 from jetson import phases
 from jetson.memory import peak_rss_mib
-from train_lite import checkpoint, demo, store
+from train_lite import checkpoint
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, TrainConfig, check, mode_settings, whole_side
-from train_lite.dataset import demand_sizes
+from train_lite.data import demo, store
+from train_lite.data.dataset import demand_sizes
 from train_lite.runfolder import RunFolder
 
 OWN_WORDS = ("--resume", "--budget", "--json", "--debug", "--smaller")  # of a command that goes on with a run
@@ -52,7 +53,7 @@ def main(argv):
 def _train(config, run, device):
     """Returns the config of the training that follows, or None."""
     from train_lite import loop, state
-    from train_lite.problem import task
+    from train_lite.tasks.problem import task
     if not config.resume:
         task(config).demand(config)
     pairs, classes = task(config).find(config, config.data)  # no pairs without --data; refuses a task that has no demo set
@@ -121,7 +122,7 @@ def _plan(config, pairs, classes, device):
     """Predict, print, and choose. Returns (list of (Levers to try, MiB predicted), plan.Budget). Raises OverBudget when
     none fits."""
     from train_lite import plan
-    from train_lite.problem import task
+    from train_lite.tasks.problem import task
     phases.mark("plan")
     plan.trim()  # what the training before this one held
     headers = [photo_header(pair.image) for pair in pairs]
@@ -150,7 +151,7 @@ def _plan(config, pairs, classes, device):
 def _ingest(config, data, pairs, classes):
     """Bring all pairs into the tile store. Returns (train, val, test), lists of Stored."""
     phases.mark("read images")
-    from train_lite.problem import task
+    from train_lite.tasks.problem import task
     settings, folder = mode_settings(config), store.cache_folder(config, data)
     began, problems, overview = time.time(), [], task(config).overview(settings)
 
@@ -175,7 +176,7 @@ def _settle(config, candidates, allowed, classes, stored, device):
     """Go down the candidates of _plan() until one chunk, really computed, stays within the budget. Returns (config, Problem)."""
     from train_lite import plan, state
     from train_lite.device import hold
-    from train_lite.problem import task
+    from train_lite.tasks.problem import task
     hold(device, allowed.free_mib)
     for notch, predicted in candidates:
         if notch.tight:

@@ -9,12 +9,12 @@ from edge.errors import BadFile, UsageError
 from jetson import phases
 from train_lite import checkpoint
 from train_lite.config import TrainConfig
-from train_lite.dataset import Classes
+from train_lite.data.dataset import Classes
 from train_lite.half import LossScale
 from train_lite.models import norm
 from train_lite.models.recompute import recompute
 from train_lite.optimizer import Optimizer
-from train_lite.problem import task
+from train_lite.tasks.problem import task
 
 
 MISFIT = "%s does not fit the net that its config describes, or is of another version of nanopatch: %s. Was its config.json changed? Bring it back"

@@ -19,8 +19,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
-from train_lite import demo  # noqa: E402
 from train_lite.config import SUPERVISOR_MIB  # noqa: E402
+from train_lite.data import demo  # noqa: E402
 
 BUDGETS = ("1GB", "2GB", "3GB", "4GB")
 SIDES = (512, 1024, 2048, 4096, 8192)

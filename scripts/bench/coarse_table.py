@@ -20,8 +20,9 @@ from trainings import ROOT, summary
 
 sys.path.insert(0, ROOT)
 from edge.optional import need  # noqa: E402
-from train_lite import dataset, evaluate, state, store  # noqa: E402
+from train_lite import evaluate, state  # noqa: E402
 from train_lite.config import micro_batch, mode_settings  # noqa: E402
+from train_lite.data import dataset, store  # noqa: E402
 
 
 def counted(net):

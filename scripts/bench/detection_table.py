@@ -44,7 +44,7 @@ def link(source, path):
 def canvases(given, source):
     folder = os.path.join(given.work, "canvases")
     if not os.path.exists(os.path.join(folder, "train.json")):
-        subprocess.check_call([sys.executable, "-m", "train_lite.canvas", "--data", source, "--out", folder, "--count", str(given.canvases),
+        subprocess.check_call([sys.executable, "-m", "train_lite.data.canvas", "--data", source, "--out", folder, "--count", str(given.canvases),
                                "--val", "2", "--grid", str(given.grid), "--cell", str(given.cell)], env=dict(os.environ, PYTHONPATH=ROOT))
     return folder
 

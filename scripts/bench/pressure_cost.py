@@ -56,7 +56,7 @@ def main():
     from edge.sources import open_source
     from export import to_onnx
     from train_lite.config import TrainConfig, mode_settings
-    from train_lite.dataset import read_classes
+    from train_lite.data.dataset import read_classes
     from train_lite.evaluate import recipe
     from train_lite.models import build
 

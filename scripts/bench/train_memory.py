@@ -25,10 +25,10 @@ def one_step(way, res, width, folder, steps, threads):
     import torch
 
     from jetson.memory import peak_rss_mib
-    from train_lite import dataset, store
     from train_lite.config import TrainConfig
-    from train_lite.segmentation import Segmentation
+    from train_lite.data import dataset, store
     from train_lite.state import State
+    from train_lite.tasks.segmentation import Segmentation
     torch.set_num_threads(threads)
     config = TrainConfig(res=res, width=width, model="unet", epochs=1, augment=False, norm="group", freeze_at=1.0,
                          recompute=way == "full-checkpointed",
@@ -68,7 +68,7 @@ def main():
     if args.child:
         return one_step(args.child[0], args.res, args.width, args.child[1], args.steps, args.threads)
     sys.path.insert(0, ROOT)
-    from train_lite import demo
+    from train_lite.data import demo
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("images", "masks"):

@@ -32,7 +32,7 @@ def main():
     os.makedirs(given.work, exist_ok=True)
     demand_same(os.path.join(given.work, "set.flags"), " ".join(counts))
     if not os.path.exists(os.path.join(data, "ultramnist.json")):
-        subprocess.check_call([sys.executable, "-m", "train_lite.ultramnist", "--mnist", given.mnist, "--out", data, "--side", "512"] + counts,
+        subprocess.check_call([sys.executable, "-m", "train_lite.data.ultramnist", "--mnist", given.mnist, "--out", data, "--side", "512"] + counts,
                               env=dict(os.environ, PYTHONPATH=ROOT))
     print("%d training and %d test images of %d sums, %s width %d, head %s, %s norm, batch %d, %d epochs, %d seeds" % (
         given.train, given.test, given.sums, given.model, given.width, given.head, given.norm, given.batch, given.epochs, given.seeds))

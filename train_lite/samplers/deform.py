@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from edge.images import normalise, scale_shift
 from edge.warp import reference
-from train_lite import marin, warp
 from train_lite.losses import SegmentationLoss
 from train_lite.models.deform import DeformNet
 from train_lite.models.patchnet import PatchNet
 from train_lite.patches import MEAN, STD, Batch, Chunk
+from train_lite.samplers import marin, warp
 
 LEAST_SPAN = 1e-3  # of a density, as a share of its mean: a flatter one counts as flat
 FLOOR = 0.1        # of the mean of a density made of label edges: what ground without any edge still gets

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 from edge.command import read_json, say
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import READABLE
-from train_lite.dataset import CALLED_VAL, MOST_CLASSES, SHADES, SPLITS, Box, Classes, Pair, by_stem, hold_out, split_folders, voc_lists, warn_of_deeper
+from train_lite.data.dataset import CALLED_VAL, MOST_CLASSES, SHADES, SPLITS, Box, Classes, Pair, by_stem, hold_out, split_folders, voc_lists, warn_of_deeper
 
 BEYOND_PX, BEYOND_SHARE = 1.0, 0.005  # by so much a box may leave its image, and is cut off; the share where sizes are not known
 LARGEST = 1e9                         # a number that is not below it is no size and no place; nor is NaN

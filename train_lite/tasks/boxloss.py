@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from edge import boxes
-from train_lite.field import Field
 from train_lite.half import apply
 from train_lite.models.norm import set_updating
+from train_lite.tasks.field import Field
 
 CENTRE = 1.5        # strides around a box's middle in which cells stand for it
 REACH = (4.0, 8.0)  # strides to the farthest side of the boxes of a level; the first level begins at 0, the last has no end

@@ -7,12 +7,14 @@ from edge import boxes, images
 from edge.command import say
 from edge.errors import UsageError
 from edge.warp import pictures
-from train_lite import average_precision, boxed, boxloss, evaluate
-from train_lite.boxloss import BoxLoss
+from train_lite import evaluate
 from train_lite.config import mode_settings
+from train_lite.data import boxed
 from train_lite.models import fcos
 from train_lite.patches import PixelBatch, View
-from train_lite.problem import Problem
+from train_lite.tasks import average_precision, boxloss
+from train_lite.tasks.boxloss import BoxLoss
+from train_lite.tasks.problem import Problem
 
 CALIBRATION_PATCHES = 32  # for the statistics of frozen norms
 LOOKED_AT, LOST = 20, 0.02  # images that are looked through for boxes that cannot be learned, and their share that is not worth a word

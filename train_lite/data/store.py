@@ -16,7 +16,7 @@ from edge import images
 from edge.command import cache_home, say, written
 from edge.errors import BadFile
 from edge.geometry import nearest_index, reflect
-from train_lite.dataset import IGNORE, TURNED
+from train_lite.data.dataset import IGNORE, TURNED
 
 VERSION = 4
 BLOCK = 128

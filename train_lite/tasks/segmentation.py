@@ -3,13 +3,14 @@ import numpy as np
 import torch
 
 from edge.errors import UsageError
-from train_lite import dataset, evaluate, metrics, pictures
+from train_lite import evaluate, metrics, pictures
 from train_lite.config import micro_batch, mode_settings
-from train_lite.deform import EdgeLoss, Sampler, WarpBatch, WarpNet, build_deform
+from train_lite.data import dataset
 from train_lite.losses import SegmentationLoss
 from train_lite.models import FEATURES, MODELS, build
 from train_lite.patches import Batch, View
-from train_lite.problem import Problem
+from train_lite.samplers.deform import EdgeLoss, Sampler, WarpBatch, WarpNet, build_deform
+from train_lite.tasks.problem import Problem
 
 CALIBRATION_PATCHES = 32  # for the statistics of frozen norms; drawn from all training images
 TURNS_OF_OBLONGS = (0, 2, 4, 6)  # no quarter turns where the net's input is wider than high

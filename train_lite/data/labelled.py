@@ -5,7 +5,7 @@ import os
 from edge.command import say
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import listed
-from train_lite.dataset import MOST_CLASSES, SHADES, Classes, Pair, csv_rows, hold_out, split_folders, warn_of_deeper
+from train_lite.data.dataset import MOST_CLASSES, SHADES, Classes, Pair, csv_rows, hold_out, split_folders, warn_of_deeper
 
 LAYOUTS = """expected one of
   DIR/train/CLASS/*.jpg (and val/CLASS, test/CLASS), DIR/CLASS/*.jpg,

@@ -13,14 +13,14 @@ from edge.images import fitted_size, photo_header
 from edge.tiles import plan
 from edge.warp import reference
 from train_lite.config import GLNETS, mode_settings, stage
-from train_lite.dataset import IGNORE
-from train_lite.deform import Seen
+from train_lite.data.dataset import IGNORE
 from train_lite.half import apply
 from train_lite.losses import SumTable, entropy
 from train_lite.models import glnet, norm
 from train_lite.patches import Batch, View
 from train_lite.runfolder import RunFolder
-from train_lite.segmentation import CALIBRATION_PATCHES, Segmentation
+from train_lite.samplers.deform import Seen
+from train_lite.tasks.segmentation import CALIBRATION_PATCHES, Segmentation
 
 RATES = {1: 1.0, 2: 0.4, 3: 1.0}  # of --lr, as published
 LEAST_MISSED = 1e-6               # of probability: the derivative of 0 to a power below 1 is infinite

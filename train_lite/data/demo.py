@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from edge.command import say, written
 from edge.errors import BadFile
 from edge.images import PngWriter
-from train_lite.dataset import SPLITS
+from train_lite.data.dataset import SPLITS
 
 VERSION = 1
 BAND = 128

@@ -1,7 +1,7 @@
 """UltraMNIST: digits of very different size on a large black canvas; the class is their sum ('UltraMNIST classification', Gupta et
 al. 2022, arXiv 2206.12681).
 
-    python -m train_lite.ultramnist --mnist FOLDER --out FOLDER --side 512 --train 2800 --test 280
+    python -m train_lite.data.ultramnist --mnist FOLDER --out FOLDER --side 512 --train 2800 --test 280
 
 FOLDER holds MNIST's four idx files, gzipped or not. Train and val are drawn from its training digits, test from its test digits. Writes
 OUT/{train,val,test}/SUM/NNNNNN.png and OUT/ultramnist.json with the canvas, seed and counts: a set drawn at 512 px is far easier
@@ -21,7 +21,7 @@ from PIL import Image
 
 from edge.command import guarded, parse, say, written
 from edge.errors import BadFile, UsageError
-from train_lite.dataset import SPLITS, demand_empty
+from train_lite.data.dataset import SPLITS, demand_empty
 
 SIDE = 28
 SUMS = range(28)        # of 3 to 5 digits
@@ -122,10 +122,10 @@ def draw(total, pool, side, rng):
 
 @guarded
 def main(argv):
-    config = parse(DrawConfig, argv, "python -m train_lite.ultramnist", __doc__, HELPS)
+    config = parse(DrawConfig, argv, "python -m train_lite.data.ultramnist", __doc__, HELPS)
     for name in ("mnist", "out"):
         if not getattr(config, name):
-            raise UsageError("--%s is missing. Type: python -m train_lite.ultramnist --mnist FOLDER --out FOLDER" % name)
+            raise UsageError("--%s is missing. Type: python -m train_lite.data.ultramnist --mnist FOLDER --out FOLDER" % name)
     canvas = config.canvas or config.side
     for name, value, low, high in (("side", config.side, 64, 65535), ("canvas", canvas, config.side, 65535), ("sums", config.sums, 2, 28),
                                    ("train", config.train, config.sums, 10 ** 7), ("val", config.val, 0, 10 ** 7), ("test", config.test, 0, 10 ** 7),

@@ -15,15 +15,15 @@ def task(config):
     """The Problem class of a config's task."""
     name = task_of(config.model)
     if name == "classification":
-        from train_lite.classification import Classification
+        from train_lite.tasks.classification import Classification
         return Classification
     if name == "detection":
-        from train_lite.detection import Detection
+        from train_lite.tasks.detection import Detection
         return Detection
     if config.model in GLNETS:
-        from train_lite.glnet import Glnet
+        from train_lite.tasks.glnet import Glnet
         return Glnet
-    from train_lite.segmentation import Segmentation
+    from train_lite.tasks.segmentation import Segmentation
     return Segmentation
 
 

@@ -6,12 +6,13 @@ from PIL import Image, ImageDraw
 from edge import images, scores
 from edge.errors import UsageError
 from edge.warp.pictures import drawable, shown
-from train_lite import evaluate, labelled, metrics
+from train_lite import evaluate, metrics
 from train_lite.config import mode_settings
+from train_lite.data import labelled
 from train_lite.losses import GridLoss
 from train_lite.models import gridnet, norm
 from train_lite.patches import PixelBatch, View
-from train_lite.problem import Problem
+from train_lite.tasks.problem import Problem
 
 CALIBRATION_IMAGES, CALIBRATION_PATCHES = 32, 128  # for the statistics of norms
 

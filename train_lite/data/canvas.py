@@ -1,6 +1,6 @@
 """Large images with boxes, made of small ones: a grid of cells, one image in each.
 
-    python -m train_lite.canvas --data SRC --out DIR --grid 6 --cell 682
+    python -m train_lite.data.canvas --data SRC --out DIR --grid 6 --cell 682
 
 Writes DIR/images/*.png, DIR/train.json and, with --val, DIR/val.json: COCO files with the name of the source image in every cell.
 Every source image is drawn before any comes again; one larger than a cell is shrunk, its shape kept, and none is enlarged.
@@ -16,8 +16,8 @@ import numpy as np
 from edge.command import guarded, parse, say, written
 from edge.errors import BadFile, UsageError, raise_all
 from edge.images import PngWriter, fitted_size, open_photo, photo_header, resized, whole
-from train_lite import boxed
-from train_lite.dataset import SPLITS, demand_empty, demand_sizes
+from train_lite.data import boxed
+from train_lite.data.dataset import SPLITS, demand_empty, demand_sizes
 
 GREY = 250  # of what no image covers
 LONGEST = 65535  # px, of a canvas
@@ -103,17 +103,17 @@ def make(folder, split, pairs, classes, count, config, rng):
                               "area": bbox[2] * bbox[3], "iscrowd": int(box.crowd)})
     say("%s: %d canvases of %d px with %d boxes, of %d images"
         % (split, count, config.grid * config.cell, len(notes), len(pairs)))
-    return {"info": {"description": "made by train_lite.canvas", "grid": config.grid, "cell": config.cell, "seed": config.seed},
+    return {"info": {"description": "made by train_lite.data.canvas", "grid": config.grid, "cell": config.cell, "seed": config.seed},
             "images": images, "annotations": notes,
             "categories": [{"id": label + 1, "name": name} for label, name in enumerate(classes.names)]}
 
 
 @guarded
 def main(argv):
-    config = parse(CanvasConfig, argv, "python -m train_lite.canvas", __doc__, HELPS, {"split": SPLITS})
+    config = parse(CanvasConfig, argv, "python -m train_lite.data.canvas", __doc__, HELPS, {"split": SPLITS})
     for name in ("data", "out"):
         if not getattr(config, name):
-            raise UsageError("--%s is missing. Type: python -m train_lite.canvas --data SRC --out DIR" % name)
+            raise UsageError("--%s is missing. Type: python -m train_lite.data.canvas --data SRC --out DIR" % name)
     for name, low, high in (("grid", 1, 256), ("cell", 16, LONGEST // max(1, config.grid)), ("count", 0, 10 ** 6),
                             ("val", 0, 10 ** 6), ("seed", 0, 2 ** 32 - 1)):
         if not low <= getattr(config, name) <= high:

@@ -1,0 +1,1 @@
+"""Folders on disk -> pairs of image and labels -> the tile store; sets that we draw ourselves."""

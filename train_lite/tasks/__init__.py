@@ -1,0 +1,1 @@
+"""What differs between tasks: data, batches, objective, scores, pictures."""
