@@ -159,7 +159,7 @@ def live_page(config, source, pipeline):
     if not address:
         yield None
         return
-    from edge.live import Live  # a server costs nothing where there is none
+    from edge.sinks.live import Live  # a server costs nothing where there is none
     page = Live(address, os.path.basename(config.engine), uri.parse(config.input).shown, pipeline.classes, pipeline.palette,
                 getattr(source, "health", None))
     with contextlib.closing(page):

@@ -126,7 +126,7 @@ def check_output(output):
 
 def is_seen(config):
     """Whether there is a live page that other machines see."""
-    from edge.live import LOOPBACK, parse_address  # a server costs nothing where there is none
+    from edge.sinks.live import LOOPBACK, parse_address  # a server costs nothing where there is none
     address = config.live or config.output
     return is_page(address) and parse_address(address)[0].lower() not in LOOPBACK
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from conftest import ROOT
 from doubles import child_env, install, kernels
-from edge import images, resample, scores, tiles
+from edge import images, scores, tiles
+from edge.kernels import resample
 
 SOURCES = {os.path.basename(path): open(path, encoding="utf-8").read()
            for path in sorted(glob.glob(os.path.join(ROOT, "edge", "*", "*.cu")))}

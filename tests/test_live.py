@@ -19,11 +19,11 @@ from PIL import Image
 
 import chromium
 from conftest import ROOT
-from edge import images, live
+from edge import images
 from edge.cli import EdgeConfig, check
 from edge.cli import main as edge_run
 from edge.errors import UsageError
-from edge.sinks import Sinks
+from edge.sinks import Sinks, live
 from edge.sources import open_source
 from test_edge_run import colour_model
 

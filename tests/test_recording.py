@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from edge import recording, sinks
+from edge import sinks
 from edge.errors import BadFile, MissingElement
+from edge.sinks import recording
 from edge.sources import open_source, pipelines
 from edge.sources.child import Feed
 from test_bad_input import small_disk  # noqa: F401 (a fixture)

@@ -378,7 +378,7 @@ def test_a_page_that_others_see_waits_for_the_network_and_keeps_its_token(monkey
 
 def test_a_service_waits_for_its_address(manager, monkeypatch):
     """At boot the network may come later; a person at a terminal is told at once."""
-    from edge import live
+    from edge.sinks import live
     tries = []
 
     def server(host, port, page):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge import images, resample, scores, tiles
+from edge import images, scores, tiles
 from edge.gpu import Rooms
-from edge.kernels import FOLDER, Kernels
+from edge.kernels import FOLDER, Kernels, resample
 
 PIXELS_IN = {"prepare_float": "PiiiiiffffffP", "prepare_half": "PiiiiiffffffP", "resample_cols_u8": "PiiiPPiP",
              "resample_rows_u8": "PiiPPiP"}
@@ -156,7 +156,7 @@ class Device(Rooms):
         return out.get_first(pixels.shape)
 
     def _table(self, function, n_in, n_out, convert=lambda weights: weights):
-        """Addresses of a table's first indices and weights, and its taps; see edge.resample."""
+        """Addresses of a table's first indices and weights, and its taps; see edge.kernels.resample."""
         first, weights = function(n_in, n_out)
         return self.sent("first", first), self.sent("weights", convert(weights)), weights.shape[1]
 

@@ -38,7 +38,7 @@ extern "C" __global__ void prepare_half(const unsigned char *picture, int height
     prepare(picture, height, width, y0, x0, side, {scale0, scale1, scale2}, {shift0, shift1, shift2}, out);
 }
 
-// a pixel as the weighted sum of pixels `step` apart, in whole numbers of 2^-22, as edge.resample.along
+// a pixel as the weighted sum of pixels `step` apart, in whole numbers of 2^-22, as edge.kernels.resample.along
 static __device__ void weighted(const unsigned char *in, size_t step, const int *weights, int taps, unsigned char *out) {
     int red = 1 << 21, green = 1 << 21, blue = 1 << 21;
     for (int tap = 0; tap < taps; tap++) {

@@ -35,7 +35,7 @@ extern "C" __global__ void decode(float *__restrict__ canvas, int channels, int 
     for (int channel = 0; clear && channel < channels; channel++) canvas[at + channel * plane] = 0;
 }
 
-// the weighted sum of scores `step` apart, as edge.resample.along
+// the weighted sum of scores `step` apart, as edge.kernels.resample.along
 static __device__ float weighted(const float *in, size_t step, const double *weights, int taps) {
     double sum = 0;
     for (int tap = 0; tap < taps; tap++)  // a tap of weight 0 may lie outside

@@ -45,10 +45,10 @@ def main():
 
     from edge import contract, loop
     from edge.backends import ort
-    from edge.live import Live
     from edge.pipeline import Segmenter
     from edge.pressure import Pressure
     from edge.sinks import Sinks
+    from edge.sinks.live import Live
     from edge.sources import open_source
 
     def block(source, pipeline, live):

@@ -77,7 +77,7 @@ class Sinks:
             else:
                 self._lines = _lines(output)
         elif is_film(output):
-            from edge.recording import Recorder  # GStreamer costs nothing where it is not used
+            from edge.sinks.recording import Recorder  # GStreamer costs nothing where it is not used
             os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
             self.recorder = Recorder(output, rate)
             self._lines = _lines(lines_beside(output))
