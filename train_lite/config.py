@@ -198,10 +198,28 @@ OF_MODELS = {"head": CLASSIFIERS, "max_boxes": DETECTORS, "stage": GLNETS, "base
              "classes": DENSE, "ignore": DENSE, "overlap": DENSE, "dice": PLAIN, "fill": PLAIN,
              **dict.fromkeys(("gradient", "global_patch", "patches", "inner", "draw"), PLAIN + CLASSIFIERS + DETECTORS)}  # flags that only these take
 OF_SAMPLERS = ("task_size", "density", "deform_width", "radius", "edge_loss", "gamma", "gamma_power", "shrink")
+OF_PATCHES = ("gradient", "global_patch", "patch", "patches", "inner", "draw", "fill", "overlap")
 
 
 def check(config):
     """Raise UsageError for a value out of range or for flags that exclude each other."""
+    _check_ranges(config)
+    _check_sampler(config)
+    for name, models in OF_MODELS.items():
+        value = getattr(config, name)
+        if value != getattr(TrainConfig(), name) and config.model not in models and (name, value) != ("overlap", 0) and not config.resume:
+            raise UsageError("--%s %s and --model %s: that is a flag for %s. Leave it out"
+                             % (name.replace("_", "-"), value, config.model, ", ".join(models)))
+    _check_glnet(config)
+    if config.recompute and config.norm == "batch":
+        raise UsageError("--recompute and --norm batch: its statistics would count every patch twice; leave one out")
+    if config.classes > 250:
+        raise UsageError("--classes is %d, expected 250 or fewer" % config.classes)
+    if config.demo_images and config.demo_images < 3:
+        raise UsageError("--demo-images is %d; a demo set needs 3 or more" % config.demo_images)
+
+
+def _check_ranges(config):
     least = {"res": 16, "classes": 1, "width": 4, "patch": 16, "patches": 1, "inner": 1, "overlap": 0, "epochs": 0,
              "batch": 1, "accumulation": 1, "micro_batch": 0, "lr": 0.0, "clip": 0.0, "dice": 0.0, "cache_gb": 0.001,
              "save_every": 0.0, "validate_every": 0, "threads": 0, "demo_images": 0, "smaller": 0, "weight_decay": 0.0,
@@ -228,27 +246,29 @@ def check(config):
         raise UsageError("--gamma is %s, expected 0 or more, or -1 for the edge loss's own" % config.gamma)
     if config.density > 512:
         raise UsageError("--density is %d, expected 512 or less: it says where to look, not what is there" % config.density)
-    if config.sampler != "none":
-        task_size(config)
-        if config.model not in PLAIN:
-            raise UsageError("--sampler %s and --model %s: samplers are for nets that give every pixel a class, %s"
-                             % (config.sampler, config.model, " and ".join(PLAIN)))
-        if config.mode != "patch":
-            raise UsageError("--sampler %s and --mode %s: a sampler takes the place of patches; leave one out"
-                             % (config.sampler, config.mode))
-        for name in ("gradient", "global_patch", "patch", "patches", "inner", "draw", "fill", "overlap"):
-            if getattr(config, name) != getattr(TrainConfig(), name):
-                raise UsageError("--sampler %s and --%s %s: the net sees all samples at once, there are no patches behind them; leave one out"
-                                 % (config.sampler, name.replace("_", "-"), getattr(config, name)))
-    for name in OF_SAMPLERS:
-        if config.sampler == "none" and getattr(config, name) != getattr(TrainConfig(), name) and not config.resume:
-            raise UsageError("--%s %s without --sampler: nets of patches have no use for it. Add --sampler deform, or leave it out"
-                             % (name.replace("_", "-"), getattr(config, name)))
-    for name, models in OF_MODELS.items():
-        value = getattr(config, name)
-        if value != getattr(TrainConfig(), name) and config.model not in models and (name, value) != ("overlap", 0) and not config.resume:
-            raise UsageError("--%s %s and --model %s: that is a flag for %s. Leave it out"
-                             % (name.replace("_", "-"), value, config.model, ", ".join(models)))
+
+
+def _check_sampler(config):
+    given = [name for name in OF_SAMPLERS + OF_PATCHES if getattr(config, name) != getattr(TrainConfig(), name)]
+    words = ["--%s %s" % (name.replace("_", "-"), getattr(config, name)) for name in given]
+    if config.sampler == "none":
+        for name, word in zip(given, words):
+            if name in OF_SAMPLERS and not config.resume:
+                raise UsageError("%s without --sampler: nets of patches have no use for it. Add --sampler deform, or leave it out" % word)
+        return
+    task_size(config)
+    if config.model not in PLAIN:
+        raise UsageError("--sampler %s and --model %s: samplers are for nets that give every pixel a class, %s"
+                         % (config.sampler, config.model, " and ".join(PLAIN)))
+    if config.mode != "patch":
+        raise UsageError("--sampler %s and --mode %s: a sampler takes the place of patches; leave one out" % (config.sampler, config.mode))
+    for name, word in zip(given, words):
+        if name in OF_PATCHES:
+            raise UsageError("--sampler %s and %s: the net sees all samples at once, there are no patches behind them; leave one out"
+                             % (config.sampler, word))
+
+
+def _check_glnet(config):
     if config.coarse and config.mode != "patch":
         raise UsageError("--coarse %g and --mode %s: proposals come from whole images and are for the tiles beside them; leave one out"
                          % (config.coarse, config.mode))
@@ -269,12 +289,6 @@ def check(config):
     if config.model in GLNETS and stage(config) > 1 and not config.base:
         raise UsageError("--stage %s begins with the net of stage %d: name its run folder, --base runs/train/NAME, or train all of "
                          "them, --stage 123" % (config.stage, stage(config) - 1))
-    if config.recompute and config.norm == "batch":
-        raise UsageError("--recompute and --norm batch: its statistics would count every patch twice; leave one out")
-    if config.classes > 250:
-        raise UsageError("--classes is %d, expected 250 or fewer" % config.classes)
-    if config.demo_images and config.demo_images < 3:
-        raise UsageError("--demo-images is %d; a demo set needs 3 or more" % config.demo_images)
 
 
 def task_size(config):
