@@ -2,12 +2,11 @@
 import contextlib
 import json
 import os
-import signal
 import sys
 from typing import NamedTuple
 
 from edge import backends, contract, loop, service, shelf
-from edge.command import banner, guarded, on_signals, parse, say
+from edge.command import banner, ends_cleanly, guarded, parse, say
 from edge.errors import UsageError
 from edge.pressure import MODES
 from edge.pressure import check as check_pressure
@@ -100,7 +99,7 @@ CHOICES = {"backend": ["auto"] + sorted(backends.NAMES), "resize": ["model", "no
 
 
 def check(config):
-    for name in ("engine", "input"):
+    for name in ("engine", "input", "output"):
         if not getattr(config, name) and not (name == "input" and config.update):
             raise UsageError("--%s is missing. Type: edge-run --engine model.onnx --input frame.png" % name)
     for name, least in (("frames", 0), ("threads", 0), ("warm_up", 0), ("runs", 1)):
@@ -127,12 +126,14 @@ def check_not_input(config):
     place, stem = uri.parse(config.input), os.path.splitext(config.output)[0]
     if place.kind not in ("file", "stills"):
         return
+    if os.path.isdir(place.where) and os.path.isdir(config.output) and os.path.samefile(place.where, config.output):
+        raise UsageError("--output %s is the folder of the images: its masks would be images of the next run; give another one" % config.output)
     read = stills.find_files(place.where) if place.kind == "stills" else [place.where]
     if os.path.isdir(config.output):  # others are new
         written = [os.path.join(config.output, frame.name + ending) for frame in stills.from_files(read) for ending in ENDINGS]
     else:
         written = [config.output] if is_film(config.output) else [
-            config.output] + [stem + ending for ending in ENDINGS[1:]] if config.output.endswith(".png") else []
+            config.output] + [stem + ending for ending in ENDINGS[1:]] if config.output.lower().endswith(".png") else []
     inputs = {_identity(path) for path in read}
     lost = [path for path in written if os.path.exists(path) and _identity(path) in inputs]
     if lost:
@@ -165,12 +166,6 @@ def live_page(config, source, pipeline):
     with contextlib.closing(page):
         say("live page: %s" % page.url)
         yield page
-
-
-def ends_cleanly():
-    """SIGTERM, and SIGHUP of a terminal that closes, leave as an exception with code 143 or 129, so that cameras are let go and files
-    closed."""
-    return on_signals(lambda number, _frame: sys.exit(128 + number), signal.SIGTERM, signal.SIGHUP)
 
 
 @guarded

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import traceback
 from edge import __version__
 from edge.errors import BadFile, EdgeError, OverBudget, UsageError
 
+LONGEST_NAME = 200  # bytes
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 SECRET = r"(?i)([\w-]*(?:pass(?!through)|pwd|(?<![a-z])pw|token|secret|apikey|api_key)\w*\s*=\s*)(\"[^\"]*\"|[^&;\s/]+)"
 
 
@@ -92,6 +95,13 @@ def _no_constant(name):
     raise ValueError("%s is no number of JSON" % name)
 
 
+def fitting_name(name):
+    """`name`, or a shorter one of its own, so that there is room behind it: file systems take 255 bytes."""
+    if len(os.fsencode(name)) <= LONGEST_NAME:
+        return name
+    return "%s-%s" % (hashlib.sha256(os.fsencode(name)).hexdigest()[:12], name[-40:])
+
+
 @contextlib.contextmanager
 def written(path, mode="w", **options):
     """An open file that becomes `path` when the block ends well: PATH is the old file or the whole new one, never a
@@ -157,6 +167,12 @@ def on_signals(handler, *numbers):
             signal.signal(number, old)
 
 
+def ends_cleanly():
+    """SIGTERM, and SIGHUP of a terminal that closes, leave as an exception with code 143 or 129, so that cameras are let go, files
+    closed and what is half made is removed."""
+    return on_signals(lambda number, _frame: sys.exit(128 + number), signal.SIGTERM, signal.SIGHUP)
+
+
 def guarded(main):
     """Wrap main(argv) so that errors end in one message and the documented exit code, never in a traceback
     (unless --debug is among the arguments). Returns a function that returns the exit code."""
@@ -182,12 +198,12 @@ def guarded(main):
 def _known(exc):
     if isinstance(exc, EdgeError):
         return exc
-    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(exc, OSError) and exc.errno in DISK_FULL:
         return BadFile("the disk is full, while writing %s. Free some space and type the command again"
                        % (exc.filename or "a file"))
     if isinstance(exc, OSError) and (exc.filename or exc.errno in (errno.EIO, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG)):
         return BadFile("cannot use %s: %s" % (exc.filename or "a file", exc.strerror))
     if isinstance(exc, MemoryError):
-        return OverBudget("out of memory. Close other programs, or use a smaller --res or --patch")
+        return OverBudget("out of memory. Close other programs, or take smaller images, or a smaller net")
     return EdgeError("this is a bug in nanopatch: %s: %s. Type the command again with --debug and report it"
                      % (type(exc).__name__, exc))

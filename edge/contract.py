@@ -65,7 +65,11 @@ def publishing(out):
                 os.replace(os.path.join(scratch, stage["file"]), os.path.join(folder, stage["file"]))
             write(path_beside(os.path.join(folder, os.path.basename(out))), contract)
 
-        yield scratch, publish
+        try:
+            yield scratch, publish
+        except OSError as exc:  # torch and onnx do not say which file a full disk cut short
+            exc.filename = exc.filename or out
+            raise
 
 
 def load(model):

@@ -293,14 +293,22 @@ class PngWriter:
         if rows.ndim == 3:  # photographs shrink better as differences to the left neighbour (filter 1, "Sub")
             filtered[:, 0] = 1
             filtered[:, 4:] -= flat[:, :-3]
-        self._handle.write(_chunk(b"IDAT", self._deflate.compress(filtered.tobytes())))
+        self._put(_chunk(b"IDAT", self._deflate.compress(filtered.tobytes())))
         self.rows += len(rows)
+
+    def _put(self, data):
+        try:
+            self._handle.write(data)
+            self._handle.flush()
+        except OSError as exc:  # a full disk: write() does not know its file
+            exc.filename = self.path
+            raise
 
     def finish(self):
         """All rows are written: the file takes its name."""
         try:
             assert self.rows == self.height, (self.rows, self.height)
-            self._handle.write(_chunk(b"IDAT", self._deflate.flush()) + _chunk(b"IEND", b""))
+            self._put(_chunk(b"IDAT", self._deflate.flush()) + _chunk(b"IEND", b""))
             self._handle.close()
             os.replace(self._part, self.path)
         finally:

@@ -30,6 +30,8 @@ class Segmenter:
         if still >= 0 and not self.moves:
             raise UsageError("--still %g: the model is of the pipeline %s, which does not move samples; expected one of deform. Leave "
                              "--still out" % (still, contract["pipeline"]))
+        if resize == "none" and contract["pipeline"] == "whole" and contract["image"]["resize"] != "none":
+            raise UsageError("--resize none: the model takes whole pictures, at the one size that it was trained at. Leave --resize out")
         if score >= 0 and contract["task"] != "detection":
             raise UsageError("--score %g: the model is for %s; expected one that finds boxes. Leave --score out" % (score, contract["task"]))
         self.palette = [tuple(entry["colour"]) for entry in contract["classes"]]

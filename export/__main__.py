@@ -2,11 +2,12 @@
 import functools
 import json
 import os
+import shlex
 import sys
 from typing import NamedTuple
 
 from edge import contract, images, proof, trial
-from edge.command import banner, guarded, parse, say
+from edge.command import banner, ends_cleanly, guarded, parse, say
 from edge.errors import BadFile, UsageError
 from edge.optional import need
 from export import targets
@@ -60,11 +61,15 @@ def main(argv):
     targets.target(config.target)
     if config.check and not config.source.endswith(".onnx"):
         raise UsageError("--check looks at an .onnx file; %s is exported and checked in one: leave --check out" % config.source)
-    if config.check:
-        return _check(config)
-    _demand_flags(config)
-    if config.source.endswith(".onnx"):
-        return _build(config)
+    with ends_cleanly():
+        if config.check:
+            return _check(config)
+        _demand_flags(config)
+        return _build(config) if config.source.endswith(".onnx") else _write(config)
+
+
+def _write(config):
+    """Checkpoint -> ONNX."""
     torch, _onnx, _ort = need("torch"), need("onnx"), need("onnxruntime")
     from train_lite import checkpoint
     path = checkpoint.find(config.source)
@@ -91,7 +96,7 @@ def _demand_flags(config):
 
 
 def _finish(config, out, report):
-    say("next: edge-run --engine %s --input frame.png" % out)
+    say("next: edge-run --engine %s --input frame.png" % shlex.quote(out))
     if config.json:
         print(json.dumps(report))
     return 0

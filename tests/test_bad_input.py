@@ -326,7 +326,8 @@ def test_tile_store_on_a_full_disk(foreseen, small_disk, refused, tmp_path, monk
 def test_run_folder_on_a_full_disk(small_disk, data, refused):
     (small_disk / "filler").write_bytes(bytes(1 << 20))
     text = refused(train, 5, "--data", data, "--out", small_disk / "runs", "--name", "run", *TINY)
-    assert "disk" in text and not [f for f in files_in(small_disk) if f.endswith(".part")]
+    assert "disk" in text and "go on: python -m train_lite --resume %s" % (small_disk / "runs" / "run") in text
+    assert not [f for f in files_in(small_disk) if f.endswith(".part")]
     for file in files_in(small_disk):  # what bears a checkpoint's name is whole
         assert not file.endswith(".safetensors") or checkpoint.read(file)
 
@@ -394,6 +395,42 @@ def test_resume_falls_back_to_the_older_generation(trained, tmp_path):
     assert done.returncode == 0 and "warning: " in done.stderr and "last.1.safetensors" in done.stderr, done.stderr
     ours, theirs = (checkpoint.read(str(folder / "last.safetensors"))[0] for folder in (run, trained["run"]))
     assert [name for name in theirs if not np.array_equal(ours[name], theirs[name])] == []
+
+
+def test_both_generations_are_damaged(trained, refused, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(str(trained["run"]), str(run))
+    for name in ("last.safetensors", "last.1.safetensors"):
+        cut(run / name)
+    assert "best.safetensors beside it" in refused(train, 5, "--resume", run)
+
+
+def test_a_table_that_a_spreadsheet_has_saved(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(str(trained["run"]), str(run))
+    text = (run / "metrics.csv").read_text().replace(",", ";")
+    (run / "metrics.csv").write_text(text)
+    done = command("train_lite", "--resume", run, cwd=tmp_path)
+    assert done.returncode == 0 and "metrics.csv.old" in done.stderr, done.stderr
+    assert (run / "metrics.csv.old").read_text() == text
+
+
+def test_a_run_goes_on_with_its_own_images_wherever_they_are(trained, refused, tmp_path):
+    """With fewer the schedule would be over before its end, with others held out scores would be of images that were trained on."""
+    run = tmp_path / "run"
+    shutil.copytree(str(trained["run"]), str(run))
+    moved = tmp_path / "moved"
+    shutil.copytree(str(trained["data"]), str(moved), ignore=shutil.ignore_patterns(".nanopatch"))
+    done = command("train_lite", "--resume", run, "--data", "moved", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(str(moved / ".nanopatch"))
+    moved.rename(tmp_path / "again")
+    text = refused(train, 2, "--resume", run)
+    assert str(moved) in text and "--resume %s --data DIR" % run in text
+    for kind in ("images", "masks"):
+        (tmp_path / "again" / kind / "00.png").unlink()
+    assert "was trained on 4 images with 1 held out, --data now has 3 and 1. Bring the old ones back" in refused(
+        train, 2, "--resume", run, "--data", tmp_path / "again")
 
 
 @pytest.mark.parametrize("left", [None, b"", b'{"run": "x", "sec'])

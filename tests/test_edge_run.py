@@ -286,6 +286,29 @@ def test_no_input_is_written_over_in_a_folder(ending, trained, tmp_path):
     assert before == {name: (tmp_path / "set" / name).read_bytes() for name in os.listdir(str(tmp_path / "set"))}
 
 
+def test_long_names_of_files(trained, tmp_path):
+    """255 bytes are the most that a file's name has: results get shorter ones, and the images behind are done too."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = ["a.png", "n" * 250 + ".png", "n" * 249 + "m.png", "\u5b57" * 80 + ".png", "z.png"]
+    for name in names:
+        Image.new("RGB", (40, 30)).save(str(folder / name))
+    done = command("edge.cli", "--engine", trained["model"], "--input", folder, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    masks = [line["mask"] for line in lines_of(tmp_path / "out" / "results.jsonl")]
+    assert len(set(masks)) == 5 and all(os.path.isfile(mask) for mask in masks)
+
+
+@pytest.mark.parametrize("output, hint", [("", "--output is missing"), ("in", "the folder of the images"), ("in/../in", "the folder of the images"),
+                                          ("out.v2", "one without a dot")])
+def test_outputs_that_are_none(trained, tmp_path, output, hint):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (40, 30)).save(str(tmp_path / "in" / "a.png"))
+    done = command("edge.cli", "--engine", trained["model"], "--input", "in", "--output", output, cwd=tmp_path)
+    assert done.returncode == 2 and hint in done.stderr, done.stderr
+    assert os.listdir(str(tmp_path / "in")) == ["a.png"] and os.listdir(str(tmp_path)) == ["in"]
+
+
 def test_two_runs_do_not_write_one_file(tmp_path):
     from edge.errors import UsageError
     from edge.sinks import Sinks

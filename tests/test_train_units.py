@@ -11,6 +11,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from conftest import write_set  # noqa: E402
 from edge import images, tiles  # noqa: E402
 from edge.errors import BadFile, UsageError, raise_all  # noqa: E402
 from train_lite import checkpoint, evaluate, metrics, state  # noqa: E402
@@ -124,6 +125,14 @@ def test_binary_ids_with_ignored_pixels_are_not_turned_around(tmp_path, classes)
     except BadFile:
         return
     assert np.array_equal(entry.labels.window(0, 0, 40, 33), ids)
+
+
+@pytest.mark.parametrize("values, flags", [((0, 3, 255), {}), ((0, 1, 2, 255), {}), ((0, 1, 2, 3), {}), ((0, 1, 255), {"ignore": 77})])
+def test_class_ids_are_no_binary_mask(tmp_path, values, flags):
+    """Pascal VOC's masks without --classes: all things would become background, and their outlines, 255, foreground."""
+    ids = np.array(values, np.uint8)[noise(40, 33, len(values), 1)]
+    with pytest.raises(BadFile, match=r"holds the values \[0, .*--classes %d" % (max(v for v in values if v < 255) + 1)):
+        stored(tmp_path, noise(40, 33), Image.fromarray(ids).save, **flags)
 
 
 def test_255_means_one_thing_in_a_set(tmp_path):
@@ -643,3 +652,100 @@ def test_patches_for_frozen_norms_are_drawn_from_all_images(monkeypatch):
     views = [View(one, int(rng.randint(8)), 32) for one in stored]
     every = [(view.height, view.width, t) for view in views for t in range(len(view.boxes))]
     assert seen == [every[i] for i in rng.permutation(len(every))[:CALIBRATION_PATCHES]] and len(seen) == 32
+
+
+# --- what people's folders are like ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("folders", [("training", "val", "test"), ("Train", "Val", "Test"), ("train", "validation", "Test"), ("train", "val", "valid")])
+def test_folders_called_much_like_splits(tmp_path, folders):
+    """All of them would be trained on, or some left out without a word."""
+    for folder in folders:
+        write_set(tmp_path / folder, count=2)
+    with pytest.raises(BadFile, match="has the folders .*%s.*expected" % folders[2]):
+        dataset.find_pairs(str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["training", "tile 1"])
+def test_one_folder_of_tiles_may_be_called_anything(tmp_path, folder):
+    write_set(tmp_path / folder, count=5)
+    assert [pair.split for pair in dataset.find_pairs(str(tmp_path))].count("val") == 1
+
+
+@pytest.mark.parametrize("header, hint", [
+    ("Image,Mask", "begins with the line 'Image,Mask'"), ("image;mask", "expected the names of its columns: image,mask"), ("a.png,b.png", "columns"),
+    ("", "columns"), (" image , mask,split ", None)])
+def test_the_header_of_a_csv(tmp_path, header, hint):
+    write_set(tmp_path, count=4)
+    lines = ["images/%02d.png,masks/%02d.png,train" % (i, i) for i in range(4)]
+    (tmp_path / "pairs.csv").write_text("\n".join([header] + lines))
+    if hint:
+        with pytest.raises(BadFile, match=hint):
+            dataset.find_pairs(str(tmp_path))
+        return
+    assert len(dataset.find_pairs(str(tmp_path))) == 4
+    (tmp_path / "pairs.csv").write_text("\n".join([header, "", lines[0], "", "", "images/9.png,masks/00.png"]))
+    with pytest.raises(BadFile, match="line 6: no such file: .*9.png"):
+        dataset.find_pairs(str(tmp_path))
+
+
+@pytest.mark.parametrize("names, ignore, hint", [
+    (["land", "road", "road"], [255], "two classes are called 'road'"), (["land", ""], [255], "'' is no name"), (["land", None], [255], "None is no name"),
+    (["land", "e\n"], [255], "is no name"), (["land", "road"], [True], "True is no mask value"), (["land", "road"], ["255"], "'255' is no mask value")])
+def test_wrong_class_lists(tmp_path, names, ignore, hint):
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": [{"name": name} for name in names], "ignore": ignore}))
+    with pytest.raises(BadFile, match=re.escape(hint)):
+        dataset.read_classes(str(tmp_path), TrainConfig())
+
+
+def test_a_demo_set_that_was_cut_off_leaves_nothing_in_another(tmp_path, monkeypatch):
+    """Its numbers go on from split to split: what was drawn for training would be what another count tests on."""
+    def cut_off(path, *_rest):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(demo, "written", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        demo.make(str(tmp_path), 16, 9)
+    monkeypatch.undo()
+    demo.make(str(tmp_path), 16, 4)
+    found = {split: sorted(os.listdir(str(tmp_path / split / kind))) for split in ("train", "val", "test") for kind in ("mask", "image")}
+    assert found == {"train": ["000.png", "001.png"], "val": ["002.png"], "test": ["003.png"]}
+
+
+@pytest.mark.parametrize("flags, step", [
+    (dict(inner=4, accumulation=1), 12), (dict(inner=4, accumulation=2), 6), (dict(inner=1, accumulation=2), 1), (dict(inner=3, accumulation=2), 3),
+    (dict(inner=1, accumulation=8), 1), (dict(inner=4, accumulation=1, epochs=1), 4), (dict(inner=4, accumulation=1, freeze_at=0.25), 4),
+    (dict(inner=4, accumulation=1, freeze_at=1.0), 16)])
+def test_norms_are_frozen_in_front_of_the_last_batch_at_the_latest(tmp_path, flags, step):
+    """--freeze-at 0.99 of a short run: a net whose norms do not fold would come out, without a word."""
+    from train_lite.loop import train_epoch
+    from train_lite.tasks.segmentation import Segmentation
+    write_set(tmp_path / "set", count=4, height=32, width=32)
+    config = TrainConfig(**dict(dict(patch=16, overlap=4, width=4, res=32, patches=1, epochs=2, freeze_at=0.99, batch=2, save_every=1e9), **flags))
+    pairs, classes = Segmentation.find(config._replace(val_share=0.0), str(tmp_path / "set"))
+    entries = store.ingest(pairs, classes, "long", 32, str(tmp_path / "store"), 1.0, (16, 16), 0, [])
+    problem = Segmentation(config, classes, entries, [], [], torch.device("cpu"))
+    assert problem.freeze_step == step
+    start = state.State(problem)
+
+    class Log:
+        def log(self, **_facts):
+            pass
+
+    for epoch in range(config.epochs):
+        start.epoch, start.batch = epoch, 0
+        train_epoch(problem, Log(), start, [])
+    assert start.step == problem.steps and (start.frozen_at is not None) == (config.freeze_at < 1) and (step == 16 or start.frozen_at >= step)
+
+
+def test_norms_of_large_maps_come_through_export(tmp_path):
+    """ONNX Runtime adds up a mean in a row, in float32: over a million values in one go it is off by 1e-4 of the result, and no net of
+    whole images would pass the parity gate."""
+    import onnxruntime
+    from export.to_onnx import write_stage
+    torch.manual_seed(0)
+    x = torch.rand(1, 8, 768, 768) + 3
+    group = norm.GroupNorm(8)
+    with torch.no_grad():
+        want = group.double()(x.double()).numpy()
+    write_stage(str(tmp_path / "a.onnx"), norm.PlainGroupNorm(group.float()), {"x": x}, "y")
+    got, = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    assert abs(got - want).max() < 3e-6

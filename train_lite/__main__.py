@@ -54,7 +54,7 @@ def main(argv):
 
 def _own_words(config):
     """The flags that a command which goes on with a run may have."""
-    return (["--budget", config.budget] if config.budget else []) + [flag for flag, on in (("--json", config.json), ("--debug", config.debug)) if on]
+    return [word for name in ("data", "budget") for word in ("--" + name, getattr(config, name)) if getattr(config, name)] + [flag for flag, on in (("--json", config.json), ("--debug", config.debug)) if on]
 
 
 def _run(words):

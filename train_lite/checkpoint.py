@@ -110,7 +110,11 @@ def read_newest(path, drop_damaged=False, prefix=""):
     except BadFile as exc:
         if not os.path.exists(previous(path)):
             raise BadFile("%s. There is no older one beside it: train again" % exc) from exc
-        tensors, meta = read(previous(path), prefix=prefix)
+        try:
+            tensors, meta = read(previous(path), prefix=prefix)
+        except BadFile as older:
+            raise BadFile("%s; nor can the one before it be read: %s. Train again, from nothing; what best.safetensors beside it holds can be "
+                          "exported" % (exc, older)) from older
         say("warning: %s; taking the one before it, %s" % (exc, previous(path)))
         if drop_damaged and os.path.exists(path):
             os.remove(path)

@@ -167,7 +167,7 @@ HELPS = {
     "spill": "stage 3: what an image's tiles are merged to lies on disk until it is read, for batches of more than one image",
     "name": "of the run; none given: data, mode and time",
     "out": "folder of the runs",
-    "resume": "run folder to go on with, exactly where it stopped; all other flags but --budget come from it",
+    "resume": "run folder to go on with, exactly where it stopped; all other flags come from it, but --budget, and --data where it was moved",
     "save_every": "seconds between checkpoints within an epoch",
     "validate_every": "epochs between validations, the last epoch always has one; 0: about eight validations in all",
     "device": "cpu, cuda or auto",

@@ -1,11 +1,12 @@
 """One training, from flags to report, in the process that holds torch. __main__ starts it and looks after it."""
 import json
 import os
+import shlex
 import signal
 import sys
 import time
 
-from edge.command import banner, from_json, guarded, on_signals, parse, read_json, say, written
+from edge.command import DISK_FULL, banner, from_json, guarded, on_signals, parse, read_json, say, written
 from edge.errors import BadFile, OverBudget, UsageError, raise_all
 from edge.images import fitted_size, photo_header
 from edge.optional import need
@@ -17,7 +18,7 @@ from train_lite.data import demo, store
 from train_lite.data.dataset import demand_sizes
 from train_lite.runfolder import RunFolder
 
-OWN_WORDS = ("--resume", "--budget", "--json", "--debug", "--smaller")  # of a command that goes on with a run
+OWN_WORDS = ("--resume", "--data", "--budget", "--json", "--debug", "--smaller")  # of a command that goes on with a run
 
 
 @guarded
@@ -28,7 +29,8 @@ def main(argv):
     if config.resume:
         config, run = _resumed(config, argv)
     check(config)
-    config = config._replace(epochs=config.epochs or (30 if config.data else 8))
+    config = config._replace(epochs=config.epochs or (30 if config.data else 8), **{  # --resume may be typed elsewhere
+        name: os.path.abspath(getattr(config, name)) for name in ("data", "cache", "weights") if getattr(config, name)})
     if os.path.islink(os.path.normpath(config.base)):  # runs/train/last, which is to point at this run
         config = config._replace(base=os.path.realpath(config.base))
     # before torch loads: threads that wait by spinning make a busy machine five times slower (docs/measured.md)
@@ -81,8 +83,14 @@ def _train(config, run, device):
     if not (again and coming):
         run.point_last()
     _describe(problem, start, run)
-    result = loop.train(problem, run, start)
-    _report(config, problem, start, run, result, time.time() - began, again, last=not coming)
+    try:
+        result = loop.train(problem, run, start)
+        _report(config, problem, start, run, result, time.time() - began, again, last=not coming)
+    except OSError as exc:
+        if exc.errno not in DISK_FULL:
+            raise
+        raise BadFile("the disk is full, while writing %s. Free some space, then go on: python -m train_lite --resume %s"
+                      % (exc.filename or "a file", shlex.quote(run.path))) from exc
     run.release()
     return coming
 
@@ -94,15 +102,18 @@ def _resumed(flags, argv):
         raise UsageError("--resume %s: expected a run folder, such as runs/train/last" % flags.resume)
     extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in OWN_WORDS]
     if extra:
-        raise UsageError("--resume takes all settings but --budget from the run; leave out %s, or start a new run" % " ".join(extra))
+        raise UsageError("--resume takes all settings but --data and --budget from the run; leave out %s, or start a new run" % " ".join(extra))
     return _stored(RunFolder(os.path.realpath(run.path)) if os.path.islink(run.path) else run, flags)
 
 
 def _stored(run, flags):
     """The config of a run that was begun, and its RunFolder."""
     config = TrainConfig()._replace(**from_json(run.config, TrainConfig._field_defaults, CHOICES))
-    return config._replace(resume=flags.resume, budget=flags.budget or config.budget, json=flags.json, debug=flags.debug,
-                           smaller=flags.smaller), run
+    config = config._replace(resume=flags.resume, data=flags.data or config.data, budget=flags.budget or config.budget, json=flags.json,
+                             debug=flags.debug, smaller=flags.smaller)
+    if config.data and not os.path.exists(config.data):
+        raise UsageError("the data of %s, %s, is not there. Where is it now? --resume %s --data DIR" % (run.path, config.data, flags.resume))
+    return config, run
 
 
 def _next(config):
@@ -235,7 +246,7 @@ def _report(config, problem, start, run, result, seconds, again, last):
     with written(path) as handle:
         json.dump(summary, handle, indent=1)
     say("done in %.0f s. Pictures: %s, %s" % (seconds, os.path.join(run.path, "curves.png"), os.path.join(run.path, "samples")))
-    say("next: python -m export %s --out model.onnx" % run.path)
+    say("next: python -m export %s --out model.onnx" % shlex.quote(run.path))
     if config.json and last:
         print(json.dumps(summary))
 

@@ -2,17 +2,15 @@
 at the newest run."""
 import csv
 import fcntl
-import hashlib
 import json
 import os
 import time
 
-from edge.command import written
+from edge.command import fitting_name, say, written
 from edge.errors import UsageError
 from train_lite import pictures
 from train_lite.config import RUN_PIPE
 
-LONGEST_NAME = 200  # bytes: file systems take 255, and more is put behind it
 COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "peak_mib")  # of every task; then come its own
 
 
@@ -86,9 +84,13 @@ class RunFolder:
         """Drop what the logs say beyond a checkpoint that a resumed run starts from."""
         table = os.path.join(self.path, "metrics.csv")
         if os.path.exists(table):
-            with open(table, newline="", encoding="utf-8") as handle:
-                read = [{key: float(v) for key, v in row.items() if v} for row in csv.DictReader(handle)]
-            self.rows = [dict(row, epoch=int(row["epoch"]), step=int(row["step"])) for row in read if row["epoch"] <= epoch]
+            try:
+                with open(table, newline="", encoding="utf-8") as handle:
+                    read = [{key: float(v) for key, v in row.items() if v} for row in csv.DictReader(handle)]
+                self.rows = [dict(row, epoch=int(row["epoch"]), step=int(row["step"])) for row in read if row["epoch"] <= epoch]
+            except (ValueError, KeyError, TypeError) as exc:  # saved by a spreadsheet in its own way
+                os.replace(table, table + ".old")
+                say("warning: %s is not as it was written (%s): kept as %s.old, its rows begin anew" % (table, exc, table))
         log = os.path.join(self.path, "log.jsonl")
         kept = []
         if os.path.exists(log):
@@ -120,10 +122,7 @@ class RunFolder:
         pictures.curves(self.rows, (("loss", "training loss"),) + curves, os.path.join(self.path, "curves.png"))
 
     def sample(self, name):
-        name = name.replace("/", "_")
-        if len(os.fsencode(name)) > LONGEST_NAME:
-            name = "%s-%s" % (hashlib.sha256(os.fsencode(name)).hexdigest()[:12], name[-40:])
-        return os.path.join(self.path, "samples", name + ".png")
+        return os.path.join(self.path, "samples", fitting_name(name.replace("/", "_")) + ".png")
 
 
 def _dated(title):

@@ -47,7 +47,7 @@ class State:
             for key, value in self.optimizer.moments.get(parameter, {}).items():
                 tensors["adamw.%s.%s" % (key, name)] = value.cpu().numpy()
         checkpoint.write(path, tensors, {
-            "config": problem.config._asdict(), "classes": problem.classes._asdict(), "tile": problem.tile,
+            "config": problem.config._asdict(), "images": problem.images(), "classes": problem.classes._asdict(), "tile": problem.tile,
             "frozen": self.frozen, "frozen_at": self.frozen_at, "epoch": self.epoch, "batch": self.batch,
             "step": self.step, "optimizer_steps": self.optimizer.steps, "loss_scale": self.loss_scale.position(), "best": self.best, "loss_sum": self.loss_sum, "loss_count": self.loss_count})
 
@@ -55,6 +55,7 @@ class State:
     def load(cls, path, problem):
         tensors, meta = checkpoint.read_newest(path, drop_damaged=True)
         _demand_classes(problem, meta, path)
+        _demand_images(problem, meta, path)
         try:
             state = cls(problem, meta["frozen"])
             _load(state.net, tensors, path)
@@ -109,6 +110,16 @@ def _demand_classes(problem, meta, path):
         raise UsageError("%s was trained for %d classes, --data now has %d; the first that differs is number %d: %s, now %s. Bring the old ones "
                          "back, or begin a new run" % (path, len(trained), len(now), first, *[
                              repr(names[first]) if first < len(names) else "none" for names in (trained, now)]))
+
+
+def _demand_images(problem, meta, path):
+    """Raise UsageError where training would go on with other images, or others held out: with a schedule of another length, and scores
+    of images that were trained on."""
+    began, now = meta.get("images"), problem.images()
+    if began and began != now:
+        raise UsageError("%s was trained on %d images with %d held out, --data now has %d and %d%s. Bring the old ones back, or begin a new run" % (
+            path, began["train"], began["val"], now["train"], now["val"],
+            ", others" if (began["train"], began["val"]) == (now["train"], now["val"]) else ""))
 
 
 def _moments(state, tensors, kind):

@@ -70,9 +70,9 @@ class Sinks:
             self._lines = sys.stdout
         elif is_page(output):
             pass
-        elif output.endswith((".png", ".jsonl")):
+        elif output.lower().endswith((".png", ".jsonl")):
             os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-            if output.endswith(".png"):
+            if output.lower().endswith(".png"):
                 self._one_mask = output
             else:
                 self._lines = _lines(output)
@@ -82,8 +82,8 @@ class Sinks:
             self.recorder = Recorder(output, rate)
             self._lines = _lines(lines_beside(output))
         elif "." in os.path.basename(output.rstrip("/")) and not os.path.isdir(output):
-            raise UsageError("--output %s: expected a folder, a file ending in .png, .jsonl, .mp4 or .mkv, http://HOST:PORT, or -"
-                             % output)
+            raise UsageError("--output %s: expected a folder (one without a dot in its name, or that is there), a file ending in .png, .jsonl, "
+                             ".mp4 or .mkv, http://HOST:PORT, or -" % output)
         else:
             os.makedirs(output, exist_ok=True)
             self._folder = output

@@ -6,6 +6,7 @@ import re
 import numpy as np
 
 from edge import images
+from edge.command import fitting_name
 from edge.errors import BadFile
 from edge.sources import Frame
 
@@ -40,7 +41,7 @@ def numbered(pattern):
 
 
 def from_files(paths):
-    stems, used = [os.path.splitext(os.path.basename(path))[0] for path in paths], set()
+    stems, used = [fitting_name(os.path.splitext(os.path.basename(path))[0]) for path in paths], set()
     known = set(stems)
     for index, (path, stem) in enumerate(zip(paths, stems)):
         name = stem

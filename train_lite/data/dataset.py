@@ -71,10 +71,13 @@ def read_classes(data, config):
         if not isinstance(stored, dict):
             raise TypeError("it holds a %s" % type(stored).__name__)
         entries = stored["classes"]
-        names = tuple(str(entry["name"]) for entry in entries)
+        names = tuple(_name(entry["name"]) for entry in entries)
         colours = [_colour(entry["colour"]) for entry in entries if "colour" in entry]
         ignore = stored.get("ignore", [255])
-        ignore = tuple(_colour(v) if isinstance(v, list) else int(v) for v in (ignore if isinstance(ignore, list) else [ignore]))
+        ignore = tuple(_colour(v) if isinstance(v, list) else _value(v) for v in (ignore if isinstance(ignore, list) else [ignore]))
+        twice = sorted(name for name in set(names) if names.count(name) > 1)
+        if twice:
+            raise ValueError("two classes are called %r" % twice[0])
         if not 2 <= len(names) <= MOST_CLASSES or len(colours) not in (0, len(names)):
             raise ValueError("it has %d classes, %d with a colour; expected 2 to %d, all or none" % (len(names), len(colours), MOST_CLASSES))
     except (KeyError, TypeError, ValueError) as exc:
@@ -82,6 +85,18 @@ def read_classes(data, config):
                       % (path, exc)) from exc
     return Classes(names, tuple(colours) or tuple(SHADES[i % len(SHADES)] for i in range(len(names))),
                    1 if len(names) == 2 else len(names), bool(colours), ignore)
+
+
+def _name(text):
+    if not isinstance(text, str) or not text.strip() or not text.isprintable():
+        raise ValueError("%r is no name" % (text,))
+    return text
+
+
+def _value(number):
+    if type(number) is not int:
+        raise ValueError("%r is no mask value: a whole number" % (number,))
+    return number
 
 
 def _colour(values):
@@ -117,14 +132,19 @@ def csv_rows(path, files, others, layouts):
     folder = os.path.dirname(os.path.abspath(path))
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:  # Excel's begin with a mark
-            rows = list(csv.DictReader(handle))
+            reader = csv.reader(handle)
+            columns = [name.strip() for name in next(reader, [])]
+            rows = [(reader.line_num, dict(zip(columns, values))) for values in reader if values]
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise BadFile("cannot read %s: %s; %s" % (path, exc, layouts)) from exc
-    for number, row in enumerate(rows, 2):
+    if not set(files + others) <= set(columns):
+        raise BadFile("%s begins with the line %r; expected the names of its columns: %s[,split]" % (
+            path, ",".join(columns), ",".join(files + others)))
+    for number, row in rows:
         own = {key: (row.get(key) or "").strip() for key in files + others + ("split",)}
         own["split"] = "val" if own["split"] in CALLED_VAL else own["split"] or "train"
         if not all(own[key] for key in files + others) or own["split"] not in SPLITS:
-            problems.append("line %d: %s" % (number, ",".join(str(v) for v in row.values())))
+            problems.append("line %d: %s" % (number, ",".join(row.values())))
             continue
         paths = [os.path.normpath(os.path.join(folder, own[key])) for key in files]
         problems += ["line %d: no such file: %s" % (number, p) for p in paths if not os.path.isfile(p)]
@@ -138,11 +158,17 @@ def csv_rows(path, files, others, layouts):
 
 def split_folders(data):
     """[(folder, split)] of a folder's train, val and test, there or not. val may be called valid or validation. Raises BadFile where
-    it is there twice."""
+    it is there twice, and where other folders are called much the same: their images would be trained on, or left out."""
     names = [name for name in CALLED_VAL if os.path.isdir(os.path.join(data, name))] or ["val"]
     if len(names) > 1:
         raise BadFile("%s has the folders %s; expected one for validation. Remove or merge the others" % (data, " and ".join(names)))
-    return [(os.path.join(data, name), split) for name, split in zip(("train", names[0], "test"), SPLITS)]
+    known = ("train", names[0], "test")
+    alike = [name for name in sorted(os.listdir(data)) if name.lower() in SPLITS + CALLED_VAL + ("training", "testing")
+             and os.path.isdir(os.path.join(data, name))]
+    if len(alike) > 1 and not set(alike) <= set(known):
+        raise BadFile("%s has the folders %s; expected train, val and test in these letters, as many of them as there are. Rename them"
+                      % (data, ", ".join(alike)))
+    return [(os.path.join(data, name), split) for name, split in zip(known, SPLITS)]
 
 
 def demand_empty(out, hint=""):

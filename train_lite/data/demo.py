@@ -6,6 +6,7 @@ tissue's own colour does, so the border is plain in the whole image and faint in
 Images are drawn in bands of rows: the size is limited by the disk only."""
 import json
 import os
+import re
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -40,10 +41,14 @@ def make(folder, res, images=0, seed=0):
     say("drawing the demo set: %d images of %d px in %s" % (sum(counts), res, folder))
     number = 0
     for split, count in zip(SPLITS, counts):
+        names = ["%03d.png" % one for one in range(number, number + count)]
         for kind in ("image", "mask"):
-            os.makedirs(os.path.join(folder, split, kind), exist_ok=True)
-        for _ in range(count):
-            name = "%03d.png" % number
+            place = os.path.join(folder, split, kind)
+            os.makedirs(place, exist_ok=True)
+            for left in set(os.listdir(place)) - set(names):  # by one that was cut off, perhaps of another split now
+                if re.match(r"\d{3}\.png$", left):
+                    os.remove(os.path.join(place, left))
+        for name in names:
             draw(os.path.join(folder, split, "image", name), os.path.join(folder, split, "mask", name), res, (seed, number))
             number += 1
     with written(stamp) as handle:  # last: a set without it is not complete

@@ -262,10 +262,10 @@ class LabelDecoder:
             self.white = "ignored" if 255 in values else ""
             return 1
         self.white = "foreground" if 255 in values and values <= {0, 255} and 255 in self.classes.ignore else ""
-        top = max(values - (set(self.classes.ignore) - {255}) or {0})
+        top = max(values - set(self.classes.ignore) - {255} or {0})  # 255 marks outlines in masks of class ids
         if 0 < top < 128:
-            raise BadFile("%s holds values up to %d; a binary mask has 0 and 1, or black and white. For class ids give "
-                          "--classes %d, or a classes.json" % (self.path, top, top + 1))
+            raise BadFile("%s holds the values %s; a binary mask has 0 and 1, or black and white. For class ids give --classes %d, or a "
+                          "classes.json; for a value that counts nowhere --ignore" % (self.path, sorted(values)[:8], top + 1))
         return 128
 
     def __call__(self, band):

@@ -1,4 +1,7 @@
 """What is trained on what: all that is fixed during a run, and all that differs between tasks. The loop knows no task by name."""
+import hashlib
+import json
+
 import numpy as np
 import torch
 
@@ -49,7 +52,15 @@ class Problem:
         inner = config.inner if self.settings.gradient == "sampled" else 1
         self.steps = -(-self.batches * inner // config.accumulation) * config.epochs
         freeze_at = {"group": config.freeze_at, "frozen": 0.0}.get(config.norm, 1.0)
-        self.freeze_step = int(round(freeze_at * self.steps))
+        # norms are frozen where no gradient waits, in front of the last batch of the run at the latest
+        apart = next(n for n in range(1, config.accumulation + 1) if n * inner % config.accumulation == 0)
+        latest = self.steps - self.steps // config.epochs + (self.batches - 1) // apart * apart * inner // config.accumulation
+        self.freeze_step = self.steps if freeze_at == 1 else min(int(round(freeze_at * self.steps)), latest)
+
+    def images(self):
+        """What is trained on and what is held out, in short: for a checkpoint."""
+        names = json.dumps([[stored.pair.name for stored in part] for part in (self.train, self.val)])
+        return {"train": len(self.train), "val": len(self.val), "names": hashlib.sha256(names.encode()).hexdigest()[:16]}
 
     @staticmethod
     def demand(_config):
