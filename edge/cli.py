@@ -126,8 +126,6 @@ def check_not_input(config):
     place, stem = uri.parse(config.input), os.path.splitext(config.output)[0]
     if place.kind not in ("file", "stills"):
         return
-    if os.path.isdir(place.where) and os.path.isdir(config.output) and os.path.samefile(place.where, config.output):
-        raise UsageError("--output %s is the folder of the images: its masks would be images of the next run; give another one" % config.output)
     read = stills.find_files(place.where) if place.kind == "stills" else [place.where]
     if os.path.isdir(config.output):  # others are new
         written = [os.path.join(config.output, frame.name + ending) for frame in stills.from_files(read) for ending in ENDINGS]
@@ -138,6 +136,8 @@ def check_not_input(config):
     lost = [path for path in written if os.path.exists(path) and _identity(path) in inputs]
     if lost:
         raise UsageError("--output %s: %s is the input itself, which would be lost; give another name" % (config.output, lost[0]))
+    if os.path.isdir(place.where) and os.path.isdir(config.output) and os.path.samefile(place.where, config.output):
+        raise UsageError("--output %s is the folder of the images: its masks would be images of the next run; give another one" % config.output)
 
 
 def _identity(path):

@@ -227,7 +227,7 @@ def test_commands_typed_beside_the_classes(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("image,label\na.png,x\na.png,y\n", "second time"), ("image,label\nb.png,x\n", "no such file"), ("image,label\na.png,\n", "line 2"), ("image\na.png\n", "line 2"),
+    ("image,label\na.png,x\na.png,y\n", "second time"), ("image,label\nb.png,x\n", "no such file"), ("image,label\na.png,\n", "line 2"), ("image\na.png\n", "columns: image,label"),
     ("image,label,split\na.png,x,dev\n", "line 2"), ("image,label\na.png,  \n", "line 2"), ("image,label\na.png,x\n./a.png,y\n", "second time")])
 def test_csv_lines_that_cannot_be_used(text, words, tmp_path):
     put(tmp_path, "a.png")

@@ -54,7 +54,8 @@ def main(argv):
 
 def _own_words(config):
     """The flags that a command which goes on with a run may have."""
-    return [word for name in ("data", "budget") for word in ("--" + name, getattr(config, name)) if getattr(config, name)] + [flag for flag, on in (("--json", config.json), ("--debug", config.debug)) if on]
+    words = [word for flag, value in (("--data", config.data), ("--budget", config.budget)) if value for word in (flag, value)]
+    return words + [flag for flag, on in (("--json", config.json), ("--debug", config.debug)) if on]
 
 
 def _run(words):

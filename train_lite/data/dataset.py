@@ -163,8 +163,8 @@ def split_folders(data):
     if len(names) > 1:
         raise BadFile("%s has the folders %s; expected one for validation. Remove or merge the others" % (data, " and ".join(names)))
     known = ("train", names[0], "test")
-    alike = [name for name in sorted(os.listdir(data)) if name.lower() in SPLITS + CALLED_VAL + ("training", "testing")
-             and os.path.isdir(os.path.join(data, name))]
+    alike = [name for name in (sorted(os.listdir(data)) if os.path.isdir(data) else [])
+             if name.lower() in SPLITS + CALLED_VAL + ("training", "testing") and os.path.isdir(os.path.join(data, name))]
     if len(alike) > 1 and not set(alike) <= set(known):
         raise BadFile("%s has the folders %s; expected train, val and test in these letters, as many of them as there are. Rename them"
                       % (data, ", ".join(alike)))

@@ -46,7 +46,7 @@ def make(folder, res, images=0, seed=0):
             place = os.path.join(folder, split, kind)
             os.makedirs(place, exist_ok=True)
             for left in set(os.listdir(place)) - set(names):  # by one that was cut off, perhaps of another split now
-                if re.match(r"\d{3}\.png$", left):
+                if re.match(r"\d{3,}\.png$", left):
                     os.remove(os.path.join(place, left))
         for name in names:
             draw(os.path.join(folder, split, "image", name), os.path.join(folder, split, "mask", name), res, (seed, number))

@@ -50,11 +50,12 @@ class Problem:
         self.recipe = evaluate.recipe(self.settings, self.tile, micro_batch(config))
         self.batches = -(-len(train) // config.batch)
         inner = config.inner if self.settings.gradient == "sampled" else 1
-        self.steps = -(-self.batches * inner // config.accumulation) * config.epochs
+        each = -(-self.batches * inner // config.accumulation)  # steps of an epoch
+        self.steps = each * config.epochs
         freeze_at = {"group": config.freeze_at, "frozen": 0.0}.get(config.norm, 1.0)
         # norms are frozen where no gradient waits, in front of the last batch of the run at the latest
         apart = next(n for n in range(1, config.accumulation + 1) if n * inner % config.accumulation == 0)
-        latest = self.steps - self.steps // config.epochs + (self.batches - 1) // apart * apart * inner // config.accumulation
+        latest = self.steps - each + (self.batches - 1) // apart * apart * inner // config.accumulation
         self.freeze_step = self.steps if freeze_at == 1 else min(int(round(freeze_at * self.steps)), latest)
 
     def images(self):
