@@ -194,6 +194,17 @@ def test_estimate_grows_with_what_takes_memory():
     assert estimate(headers=((9000, 9000, False),))["loader"] > 9000 * 9000 * 8 / plan.MIB - 1
 
 
+@pytest.mark.parametrize("model, share", [("unet", 0.43), ("deeplabv3", 0.9)])
+def test_what_is_held_at_the_largest_weight(model, share):
+    """A U-Net's is in the middle, a DeepLabv3's (pyramid pooling) near the end, where the backward pass begins."""
+    look = plan.Look(config(model=model, width=64), 1, CPU, 0.0)
+    kept, _largest, below = look.kept(1, False)
+    assert abs(below / kept - share) < 0.05
+    if model == "unet":
+        recomputed, _largest, below = look.kept(1, True)
+        assert 0 < below <= recomputed < kept
+
+
 def test_each_notch_takes_less():
     """But for one: torch 1.10 convolves a single tile in another way, which keeps more than two tiles do."""
     peaks = [plan.peak(owners) for owners in plan.estimates(config(), 1, 0, [(256, 256, True)], CPU)]

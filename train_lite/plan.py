@@ -104,7 +104,8 @@ class Look:
         self.deform_kept = _kept(deform, lambda: deform(torch.zeros((1, 3) + side)).sum())[0] if deform else 0.0
 
     def kept(self, tiles, recomputed):
-        """(all, largest) MiB of activations that autograd keeps of `tiles` tiles of PROBE_PX, in one pass."""
+        """MiB of activations that autograd keeps of `tiles` tiles of PROBE_PX, in one pass: (all, largest, those that the backward
+        pass still holds when it comes to the largest weight)."""
         if (tiles, recomputed) not in self._counted:
             if recomputed:  # for good: ladders go from False to True
                 recompute(self.net.encoder)
@@ -117,11 +118,14 @@ class Look:
 
 
 def _kept(net, forward):
-    own, seen = {p.data_ptr() for p in net.parameters()}, {}
+    own, seen, below = {p.data_ptr(): p.numel() for p in net.parameters()}, {}, []
+    most = max(own.values())
 
     def pack(tensor):
         storage = getattr(tensor, "untyped_storage", tensor.storage)()
-        if storage.data_ptr() not in own:
+        if own.get(storage.data_ptr()) == most:  # what is kept by now is what the backward pass holds when it is back here
+            below.append(sum(size for size, _tensor in seen.values()) / MIB)
+        elif storage.data_ptr() not in own:
             size = storage.nbytes() if hasattr(storage, "nbytes") else storage.size() * tensor.element_size()  # torch 1.10
             seen[storage.data_ptr()] = size, tensor  # held, so that its address is not given out again
         return None  # nothing goes back through this graph
@@ -130,7 +134,7 @@ def _kept(net, forward):
         forward()
     sizes = [size / MIB for size, _tensor in seen.values()]
     seen.clear()  # torch 1.10 never lets go of the hooks, nor of what they hold
-    return sum(sizes), max(sizes)
+    return sum(sizes), max(sizes), max(below, default=sum(sizes) / 2)  # unseen in parts that are recomputed
 
 
 def estimates(config, outputs, tile_px, headers, device, scored_px=0):
@@ -149,13 +153,13 @@ def estimates(config, outputs, tile_px, headers, device, scored_px=0):
 
 
 def _estimate(look, levers, tile_px, loader_mib, scored_px):
-    kept, largest = look.kept(levers.micro_batch, levers.recompute)
+    kept, largest, below = look.kept(levers.micro_batch, levers.recompute)
     area = tile_px / float(PROBE_PX ** 2)
     scale = area / (2 if levers.half else 1)
-    # the backward pass peaks either at its start, with all activations and a few gradients of the largest, or in the
-    # deepest layers, with about half of them and the copies of the largest weight that the CPU's convolutions make
+    # the backward pass peaks either at its start, with all activations and a few gradients of the largest, or at the largest weight:
+    # about half of them are left there in a U-Net, nearly all in a DeepLabv3; the CPU's convolutions copy weights
     top = kept * scale + 2.5 * largest * scale
-    deep = 0.55 * kept * scale + (2.5 if levers.tight else 4) * look.largest_weight
+    deep = below * scale + (2.5 if levers.tight else 4) * look.largest_weight
     band = look.outputs * 4 * (levers.patch or tile_px ** 0.5) * scored_px / MIB  # when images are scored
     samplers = levers.micro_batch * look.deform_kept  # one for every image in the micro-batch
     return {"runtime libraries": look.libraries, "weights": look.weights * (1.5 if levers.half else 1), "gradients": look.trained,
