@@ -113,6 +113,9 @@ def test_the_process_ends_with_the_code(tmp_path):
     ("--model glnet --dice 0.5", 2, "that is a flag for unet"),
     ("--model glnet --patches 8", 2, "that is a flag for unet"),
     ("--model glnet --gradient exact", 2, "that is a flag for unet"),
+    ("--gradient exact --patches 9", 2, "--gradient exact and --patches 9: every patch is in every step"),
+    ("--gradient exact --fill image", 2, "leave one out"), ("--mode full --global-patch add", 2, "--mode full and --global-patch add"),
+    ("--norm batch --freeze-at 0.5", 2, "--norm batch and --freeze-at 0.5"), ("--freeze all", 2, "--freeze all without --freeze-at: nothing would be frozen. Add --freeze-at 0.5"),
     ("--model resnet50 --fill image", 2, "that is a flag for unet"),
     ("--model glnet --base runs/train/x", 2, "--stage 123 begins from nothing"),
     ("--model glnet --mode tiled --coarse 0.1", 2, "--coarse 0.1 and --mode tiled")])

@@ -516,7 +516,7 @@ def test_only_boxes_above_the_asked_score(trained, things, capsys):
 def test_other_modes_train_export_and_run(flags, things, tmp_path):
     """And --tile-batch gives the same boxes, up to rounding."""
     done = command("train_lite", "--data", things, "--res", 192, "--patch", 128, "--model", "fcos-mobilenetv2", "--width", 4, "--epochs", 1,
-                   "--inner", 1, "--out", tmp_path, "--name", "run", *flags)
+                   "--out", tmp_path, "--name", "run", *flags)
     assert done.returncode == 0, done.stderr
     found = []
     for batch in (1, 2) if "exact" in flags else (1,):

@@ -17,7 +17,7 @@ from train_lite import checkpoint
 EPOCHS = 8
 BATCHES = 4 * EPOCHS  # of a run: one per image that is trained on
 SAMPLED = ("--patches", 2, "--inner", 2)
-VARIANTS = {"sampled": SAMPLED, "accumulated": SAMPLED + ("--accumulation", 3, "--norm", "batch"), "exact": ("--gradient", "exact")}
+VARIANTS = {"sampled": SAMPLED, "accumulated": SAMPLED + ("--accumulation", 3, "--norm", "batch", "--freeze-at", 1), "exact": ("--gradient", "exact")}
 
 # Runs train_lite with checkpoint writes that die. argv[1] counts the calls of fsync and replace on checkpoints: before the one with that number the process is killed. A file that awaits its fsync is cut in half
 # first, as a power cut leaves it; a kill alone would leave it whole.
