@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from train_lite import gradient as gradient_module
 from train_lite.config import ModeSettings
 from train_lite.data.dataset import IGNORE, Pair
 from train_lite.gradient import Gradient
@@ -118,6 +119,16 @@ def test_exact_holds_for_deeplab():
     list(ours.rounds(batch, np.random.RandomState(0)))
     ours.finish(clip=0)
     assert max(relative(p.grad, want[name]) for name, p in net.named_parameters() if want[name].abs().max() > 1e-8) < 1e-8
+
+
+def test_long_passes_are_seen_at_a_terminal(monkeypatch, capsys):
+    net, loss, batch = problem()
+    for terminal, many, bars in ((True, 2, ["pass 1", "pass 2"]), (True, 64, []), (False, 2, [])):
+        monkeypatch.setattr(gradient_module, "MANY", many)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+        list(gradient(net, loss).rounds(batch, np.random.RandomState(0)))
+        text = capsys.readouterr().err
+        assert [words for words in ("pass 1", "pass 2") if words in text] == bars and (bars or not text)
 
 
 @pytest.mark.parametrize("fill", ["image", "sample"])

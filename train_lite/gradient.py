@@ -6,15 +6,20 @@ through the encoder. Over all patches this is the exact gradient; over k random 
 
 A task's objective says what that is: objective.kept(net, half, chunk, g) gives it of a chunk of patches, with graph, and
 objective.table(batch) a table for one batch, such as losses.SumTable."""
+import sys
+
 import numpy as np
 import torch
 from torch import nn
 
+from edge.optional import need
 from jetson import phases
 from train_lite.half import LossScale
 from train_lite.models.norm import BatchNorm, set_updating
 from train_lite.optimizer import SLAB
 from train_lite.patches import draw
+
+MANY = 64  # chunks; a pass over more has a bar of its own at a terminal: one over a gigapixel takes minutes
 
 
 class Gradient:
@@ -75,7 +80,7 @@ class Gradient:
         phases.mark("pass 1")
         with torch.no_grad():
             features = self._features(batch, seed)
-            for number, part in enumerate(self._chunks(picks)):
+            for number, part in _watched(self._chunks(picks), "pass 1"):
                 table.put(part, self._kept(batch, part, features, seed + 1 + number))
 
     def add(self, batch, picks, table, seed, filled=False):
@@ -92,7 +97,7 @@ class Gradient:
         leaf = self._features(batch, seed)
         if leaf is not None:
             leaf.requires_grad_()
-        for number, part in enumerate(chunks):
+        for number, part in _watched(chunks, "pass 2"):
             kept = self._kept(batch, part, leaf, seed + 1 + number)
             if len(chunks) == 1 or table.ready:
                 table.put(part, kept)
@@ -123,6 +128,10 @@ class Gradient:
             for grad in grads:
                 grad.mul_((min(1.0, clip / norm) if clip and norm else 1.0) / divisor)
         return norm
+
+
+def _watched(chunks, words):
+    return enumerate(need("tqdm").tqdm(chunks, words, leave=False, unit="chunk", disable=len(chunks) < MANY or not sys.stderr.isatty()))
 
 
 def varies(net):
