@@ -22,6 +22,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, At
           struct.error, zlib.error)  # whatever Pillow raises over damaged bytes
 
 Image.MAX_IMAGE_PIXELS = None  # the limits above take its place; Pillow's would refuse the images we exist for
+ROWS = 256  # of an image in two forms at once
 OVERLAY_OPACITY = 0.5
 ORIENTATION = 274  # the tag of EXIF and TIFF
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -135,15 +136,30 @@ def _check_mask(image, path):
         raise BadFile("%s has no pixels: %dx%d" % ((path,) + image.size))
 
 
+def pixels_of(image):
+    """The pixels of a Pillow image, (h, w) or (h, w, bands): uint8 (0 and 255 of a 1-bit image), float32 of mode F. In place of
+    np.asarray(image), which has two copies beside the image for a moment; Pillow 8, the last one for Python 3.6, leaves one of them
+    to the garbage collector."""
+    image = image.convert("L") if image.mode == "1" else image
+    bands = len(image.getbands())
+    pixels = np.empty((image.height, image.width) + (bands,) * (bands > 1), np.float32 if image.mode == "F" else np.uint8)
+    for y0 in range(0, image.height, ROWS):
+        part = pixels[y0:y0 + ROWS]
+        part[...] = np.frombuffer(image.crop((0, y0, image.width, y0 + len(part))).tobytes(), part.dtype).reshape(part.shape)
+    return pixels
+
+
 def _photo_pixels(image):
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return pixels_of(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 _colour_pixels = _photo_pixels
 
 
 def _label_pixels(image):
-    array = np.asarray(image).astype(np.uint8)  # bool of a 1-bit file becomes 0 and 1
+    array = pixels_of(image)
+    if image.mode == "1":
+        return array // 255
     return array if array.ndim == 2 else (array[..., 0] if image.mode == "LA" else array[..., :3].max(axis=2))
 
 
@@ -264,7 +280,7 @@ def _unfilter(header, palette, band, above, rows, stride):
         small += _chunk(b"PLTE", palette)
     with Image.open(io.BytesIO(small + _chunk(b"IDAT", data) + _chunk(b"IEND", b""))) as image:
         image.load()
-        last = np.asarray(image.crop((0, rows, image.width, rows + 1)))[0]
+        last = pixels_of(image.crop((0, rows, image.width, rows + 1)))[0]
         last = np.packbits(last) if header[8] == 1 else last  # 1 bit per pixel
         return image.crop((0, 1, image.width, rows + 1)), b"\0" + last.tobytes()
 
@@ -385,9 +401,9 @@ def row_bands(n_in, n_out):
 def _linear(array, size, box):
     """Pillow's linear filter on (h, w, 3) uint8, or on (h, w, C) float32 channel by channel."""
     if array.dtype == np.uint8:
-        return np.asarray(Image.fromarray(array).resize(size, Image.BILINEAR, box=box))
+        return pixels_of(Image.fromarray(array).resize(size, Image.BILINEAR, box=box))
     planes = [Image.fromarray(np.ascontiguousarray(array[..., c])) for c in range(array.shape[2])]
-    return np.stack([np.asarray(p.resize(size, Image.BILINEAR, box=box)) for p in planes], axis=2)
+    return np.stack([pixels_of(p.resize(size, Image.BILINEAR, box=box)) for p in planes], axis=2)
 
 
 def whole(picture):
@@ -418,4 +434,4 @@ def blend(pixels, labels, palette):
     picture, colours = Image.fromarray(pixels), Image.fromarray(labels)
     colours.putpalette([value for colour in palette for value in colour])
     picture.paste(Image.blend(picture, colours.convert("RGB"), OVERLAY_OPACITY), mask=Image.fromarray(labels > 0))
-    return np.asarray(picture)
+    return pixels_of(picture)

@@ -1,4 +1,5 @@
 """edge.images against Pillow's whole decode, Pillow's whole resize and numpy's padding; damage; memory."""
+import gc
 import os
 import struct
 import subprocess
@@ -12,6 +13,7 @@ from PIL import Image
 from conftest import ROOT
 from edge import images
 from edge.errors import BadFile
+from jetson.memory import rss_mib
 
 HEIGHT, WIDTH = 301, 67  # more than two bands of 128 rows, nothing divides evenly
 
@@ -66,6 +68,28 @@ def read(picture):
         window = picture.window(max(0, y - 7), 0, min(picture.height, y + 50), picture.width)
         rows.append(np.array(window[min(y, 7):]))
     return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "F"])
+def test_pixels_of_equals_numpy(mode):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (2 * images.ROWS + 3, 17, 3)).astype(np.uint8)).convert(mode)
+    got, want = images.pixels_of(image), np.asarray(image)
+    assert got.dtype == (np.float32 if mode == "F" else np.uint8) and np.array_equal(got, want * np.uint8(255) if mode == "1" else want)
+
+
+def test_pixels_leave_nothing_to_the_garbage_collector():
+    """Pillow 8 makes a class for each array that numpy takes of an image, and the class holds its bytes."""
+    image = Image.new("RGB", (2000, 1000))
+    gc.collect()
+    gc.disable()
+    try:
+        images.pixels_of(image)
+        before = rss_mib()
+        for _ in range(20):
+            images.pixels_of(image)
+        assert rss_mib() - before < 20
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", ["smooth", "noisy"])

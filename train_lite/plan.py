@@ -169,8 +169,8 @@ def _estimate(look, levers, tile_px, loader_mib, scored_px):
 
 
 def _loader_mib(headers):
-    """8 bytes per pixel of the largest image that is decoded whole, a few bands of rows of those that are read in bands."""
-    return max([w * 24576 / MIB if bands else h * w * 8 / MIB for h, w, bands in headers], default=0.0)
+    """7.5 bytes per pixel of the largest image that is decoded whole; of those that are read in bands 48 per pixel of a band."""
+    return max([w * 128 * 48 / MIB if bands else h * w * 7.5 / MIB for h, w, bands in headers], default=0.0)
 
 
 def peak(owners):

@@ -64,7 +64,7 @@ def outlined(small, boxes, scale, names, palette):
         taken.append(bar)
         pen.rectangle(bar, fill=colour)
         pen.text((x0 + 3, y0 + 1), words, fill="black" if sum(colour) > 330 else "white", font=font)
-    return np.array(sheet)
+    return images.pixels_of(sheet)
 
 
 def beside(panels):
@@ -73,7 +73,7 @@ def beside(panels):
     for words, panel in panels:
         bar = Image.new("RGB", (panel.shape[1], BAR_PX), "white")
         ImageDraw.Draw(bar).text((2, 1), drawable(words), fill="black", font=font)
-        parts.append(np.pad(np.concatenate([np.asarray(bar), panel]), ((0, GAP_PX), (0, GAP_PX), (0, 0)), mode="constant",
+        parts.append(np.pad(np.concatenate([images.pixels_of(bar), panel]), ((0, GAP_PX), (0, GAP_PX), (0, 0)), mode="constant",
                             constant_values=255))
     return np.concatenate(parts, axis=1)
 
@@ -100,7 +100,7 @@ def grid(small, positions):
         count = max(2, min(len(along), LINES, room // LINE_PX))
         for index in np.linspace(0, len(along) - 1, count).round().astype(int):
             pen.line([tuple(point) for point in along[index].tolist()], fill=(255, 220, 60), width=2)
-    return np.asarray(canvas.resize((width, height), Image.BOX))
+    return images.pixels_of(canvas.resize((width, height), Image.BOX))
 
 
 def _grey(pixels):

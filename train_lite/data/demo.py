@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from edge.command import say, written
 from edge.errors import BadFile
-from edge.images import PngWriter
+from edge.images import PngWriter, pixels_of
 from train_lite.data.dataset import SPLITS
 
 VERSION = 1
@@ -115,5 +115,5 @@ def _band(threads, y0, y1, res):
         if half > 1:
             pen.ellipse((bx - half, by - half, bx + half, by + half), fill=255)  # joins the segments
     rows = slice(MARGIN, MARGIN + y1 - y0)
-    soft = np.asarray(canvas.filter(ImageFilter.GaussianBlur(1.0)), np.float32)[rows] / 255
-    return np.asarray(canvas)[rows] > 127, soft
+    soft = pixels_of(canvas.filter(ImageFilter.GaussianBlur(1.0)))[rows].astype(np.float32) / 255
+    return pixels_of(canvas)[rows] > 127, soft

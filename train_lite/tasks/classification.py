@@ -129,4 +129,4 @@ class Classification(Problem):
         for line, index in enumerate(np.argsort(-shares)[:3], 1):
             right = index == stored.pair.label
             write(line, "%s  %.0f %%" % (self.classes.names[index], 100 * shares[index]), (0, 128, 0) if right else (90, 90, 90))
-        images.write_png(path, np.array(sheet))
+        images.write_png(path, images.pixels_of(sheet))
