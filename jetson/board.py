@@ -2,7 +2,9 @@
 
 Any file may be missing, unreadable or nonsense: the fact is then None (or an empty list or dict), never an exception.
 No root rights, no process started, nothing written."""
+import errno
 import glob
+import itertools
 import os
 import re
 
@@ -39,8 +41,29 @@ def line(root, path):
     return (read(root, path, 200) or "").split("\n")[0].replace("\t", " ").strip() or None
 
 
+def inside(root, path, follow=True):
+    """Where a path of the system below root lies on this machine. Links lead where they would on the board, never out of the root.
+    follow: the last name too. Raises OSError for links that go in circles."""
+    done, left, hops = [], path.strip("/").split("/")[::-1], 0
+    while left:
+        name = left.pop()
+        here = os.path.join(root, *(done + [name]))
+        if name == "..":
+            done = done[:-1]
+        elif (left or follow) and os.path.islink(here):
+            hops += 1
+            if hops > 40:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            target = os.readlink(here)
+            done = [] if target.startswith("/") else done
+            left += target.split("/")[::-1]
+        elif name not in ("", "."):
+            done.append(name)
+    return os.path.join(root, *done)
+
+
 def _below(root, path):
-    return os.path.join(root, path.lstrip("/"))
+    return path if root == "/" else inside(root, path)
 
 
 def _printable(text):
@@ -50,8 +73,13 @@ def _printable(text):
 
 def _paths(root, pattern):
     """Sorted paths below root that match, written as seen from root."""
-    found = glob.glob(_below(glob.escape(root), pattern))
-    return sorted("/" + os.path.relpath(path, root) for path in found)
+    names = pattern.split("/")
+    fixed = "/".join(itertools.takewhile(lambda name: not glob.has_magic(name), names))
+    try:
+        here = _below(root, fixed)
+    except OSError:
+        return []
+    return sorted(fixed + path[len(here):] for path in glob.glob(glob.escape(here) + pattern[len(fixed):]))
 
 
 def integer(text):
@@ -203,7 +231,7 @@ def rails(root="/"):
 def over_currents(root="/"):
     """{'oc1': count, ...} of throttling by the power supply since boot, as far as it can be read. On Orin oc1 is too low a
     voltage, oc2 and oc3 too high a current."""
-    found = {os.path.basename(path).split("_")[0]: integer(line(root, path))
+    found = {_printable(os.path.basename(path).split("_")[0]): integer(line(root, path))
              for path in _paths(root, "/sys/class/hwmon/hwmon*/oc*_event_cnt")}
     return {name: count for name, count in found.items() if count is not None}
 
@@ -221,7 +249,7 @@ def alarms(root="/"):
     log = read(root, KERNEL_LOG, 1 << 18, tail=True)
     if log is not None:
         found["log"] = len(OVER_CURRENT.findall(log))
-        found["killed"] = len(re.findall("Out of memory: Kill", log))
+        found["killed"] = len(re.findall("out of memory: Kill", log, re.I))  # a control group's too
     return found
 
 
@@ -229,7 +257,7 @@ def target(root="/"):
     """The default systemd target: 'graphical.target' (a desktop), 'multi-user.target' (none), or None."""
     for path in ("/etc/systemd/system/default.target", "/lib/systemd/system/default.target"):
         try:
-            return _printable(os.path.basename(os.readlink(_below(root, path)))) or None
+            return _printable(os.path.basename(os.readlink(inside(root, path, follow=False)))) or None
         except OSError:
             pass
     return None
@@ -270,7 +298,7 @@ def disk_wear(root="/"):
     for path in _paths(root, "/sys/block/mmcblk*/device/life_time"):
         steps = [int(word, 16) for word in re.findall(r"\b0x([0-9a-fA-F]{1,2})\b", line(root, path) or "")]
         if steps and 0 < max(steps) <= 11:  # 0: not defined
-            found[path.split("/")[3]] = 10 * max(steps)
+            found[_printable(path.split("/")[3])] = 10 * max(steps)
     return found
 
 

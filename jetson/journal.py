@@ -2,6 +2,8 @@
 
 Whatever is to be changed is first given to `remember`; then a kill at any moment leaves what `put` can mend."""
 import base64
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -10,7 +12,8 @@ import subprocess
 from typing import NamedTuple
 
 from edge.command import read_json, sync_folder
-from edge.errors import BadFile
+from edge.errors import BadFile, UsageError
+from jetson import board
 
 FOLDER = "/var/lib/nanopatch"  # in the tree, as all paths in capitals
 JOURNAL = FOLDER + "/setup.json"
@@ -37,24 +40,11 @@ class Step(NamedTuple):
 # --- files of the tree
 
 def inside(tree, path, follow=True):
-    """Where a path of the tree lies on this machine. Links lead where they would on the board, never out of the tree.
-    follow: the last name too. Raises BadFile for links that go in circles."""
-    done, left, hops = [], path.strip("/").split("/")[::-1], 0
-    while left:
-        name = left.pop()
-        here = os.path.join(tree.root, *(done + [name]))
-        if name == "..":
-            done = done[:-1]
-        elif (left or follow) and os.path.islink(here):
-            hops += 1
-            if hops > 40:
-                raise BadFile("%s: its links go in circles" % path)
-            target = os.readlink(here)
-            done = [] if target.startswith("/") else done
-            left += target.split("/")[::-1]
-        elif name not in ("", "."):
-            done.append(name)
-    return os.path.join(tree.root, *done)
+    """Where a path of the tree lies on this machine, as board.inside. Raises BadFile for links that go in circles."""
+    try:
+        return board.inside(tree.root, path, follow)
+    except OSError as exc:
+        raise BadFile("%s: its links go in circles" % path) from exc
 
 
 def listed(tree, place):
@@ -105,24 +95,32 @@ def put(path, state):
     """Make `path` what a state says, in one move: it is the old thing or the new one, whatever stops us."""
     part = path + PART
     clear(part)
-    if state["kind"] == "absent":
-        clear(path)
-    else:
-        if state["kind"] == "link":
-            os.symlink(state["target"], part)
+    try:
+        if state["kind"] == "absent":
+            clear(path)
         else:
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(base64.b64decode(state["content"]))
-                file.flush()
-                os.fsync(file.fileno())
-        if "uid" in state and os.lstat(part)[4:6] != (state["uid"], state["gid"]):
-            os.lchown(part, state["uid"], state["gid"])
-        if state["kind"] == "file":
-            os.chmod(part, state["mode"])  # after the owner: a change of owner clears set-id bits
-        if "mtime_ns" in state:
-            os.utime(part, ns=(state["mtime_ns"], state["mtime_ns"]), follow_symlinks=False)
-        os.replace(part, path)
-    sync_folder(os.path.dirname(path))
+            _prepare(part, state)
+            os.replace(part, path)
+        sync_folder(os.path.dirname(path))
+    except OSError as exc:
+        exc.filename = exc.filename or path  # a failed write() does not know its file
+        raise
+
+
+def _prepare(part, state):
+    if state["kind"] == "link":
+        os.symlink(state["target"], part)
+    else:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(base64.b64decode(state["content"]))
+            file.flush()
+            os.fsync(file.fileno())
+    if "uid" in state and os.lstat(part)[4:6] != (state["uid"], state["gid"]):
+        os.lchown(part, state["uid"], state["gid"])
+    if state["kind"] == "file":
+        os.chmod(part, state["mode"])  # after the owner: a change of owner clears set-id bits
+    if "mtime_ns" in state:
+        os.utime(part, ns=(state["mtime_ns"], state["mtime_ns"]), follow_symlinks=False)
 
 
 def rewrite(path, data):
@@ -165,6 +163,19 @@ def search_path():
 
 
 # --- the journal
+
+@contextlib.contextmanager
+def alone(tree):
+    """Nobody else changes the tree meanwhile. Raises UsageError when somebody does."""
+    folder = os.open(inside(tree, "/etc"), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as exc:
+        raise UsageError("another setup is at work on %s. Wait for its end and type this command again" % tree.root) from exc
+    finally:
+        os.close(folder)
+
 
 def load(tree):
     """The journal of a tree, an empty one when there is none. Raises BadFile when it is damaged."""

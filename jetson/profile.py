@@ -5,9 +5,11 @@ comes out of the same memory: the fall of MemAvailable since before the start do
 watch ends with the command, not with what it leaves running. Exit code: the command's; 128 + n when signal n killed
 it."""
 import csv
+import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -40,7 +42,7 @@ EXAMPLE = "python -m jetson profile -- python -m train_lite --res 1024"
 ABOUT = "Run a command and record what memory it takes, phase by phase. Flags, then -- and the command: " + EXAMPLE
 SOURCES = {  # a column of samples.csv -> where it comes from
     "rss_mib": "VmRSS of /proc/PID/status, sum over the processes",
-    "hwm_mib": "VmHWM of /proc/PID/status, the largest process: the kernel's own peak, which no interval can miss",
+    "hwm_mib": "VmHWM of /proc/PID/status, the largest process: the kernel's own peak; of one that ends between samples, ru_maxrss",
     "pss_mib": "Pss of /proc/PID/smaps_rollup or smaps, sum over the processes; read less often",
     "available_drop_mib": "MemAvailable of /proc/meminfo, fall since the baseline: the whole machine",
     "swap_mib": "SwapTotal - SwapFree of /proc/meminfo, rise since the baseline: the whole machine",
@@ -219,26 +221,49 @@ def main(argv):
     if not shutil.which(words[0]):
         raise UsageError("there is no program %s. Type, for example: %s" % (words[0], EXAMPLE))
     banner("profile", board.model() or "not a Jetson", "none")
-    out = config.out or os.path.join("runs", "profile", time.strftime("%Y%m%d-%H%M%S"))
+    out = config.out
     try:
-        os.makedirs(out, exist_ok=True)
-        table = open(os.path.join(out, "samples.csv"), "w", encoding="utf-8", newline="")
+        out = _new_folder(out)
+        table = open(os.path.join(out, "samples.csv"), "a", encoding="utf-8", newline="")
+        fcntl.flock(table, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        table.truncate(0)
+    except BlockingIOError as exc:
+        raise UsageError("another profile writes to %s now. Give another folder: --out FOLDER" % out) from exc
     except OSError as exc:
         raise BadFile("cannot write to %s: %s. Give another folder: --out FOLDER" % (out, exc.strerror)) from exc
-    with table:
-        summary = run(words, config.interval / 1000, table, 2 if config.json else None)
-    reason = draw(table.name, os.path.join(out, "memory.png"), summary["seconds"])
-    summary["missing"] += [reason] if reason else []
-    with written(os.path.join(out, "summary.json")) as handle:
-        json.dump(summary, handle, indent=1)
-    _show(summary, out)
-    if config.json:
-        print(json.dumps(summary))
+    summary, problem = run(words, config.interval / 1000, table, 2 if config.json else None)
+    try:  # whatever becomes of the files, the figures are shown
+        if problem:
+            raise problem
+        table.close()
+        reason = draw(table.name, os.path.join(out, "memory.png"), summary["seconds"])
+        summary["missing"] += [reason] if reason else []
+        with written(os.path.join(out, "summary.json")) as handle:
+            json.dump(summary, handle, indent=1)
+    finally:
+        _show(summary, out)
+        if config.json:
+            print(json.dumps(summary))
     return summary["exit_code"]
 
 
+def _new_folder(asked):
+    """Makes the folder that was asked for; none asked for: one that nobody else has."""
+    if asked:
+        os.makedirs(asked, exist_ok=True)
+        return asked
+    while True:
+        folder = os.path.join("runs", "profile", time.strftime("%Y%m%d-%H%M%S"))
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:  # of one that began in this second
+            time.sleep(0.1)
+
+
 def run(words, interval_s, table, stdout=None):
-    """Run a command to its end, whatever becomes of the watch. Rows go to table, an open file. Returns the summary."""
+    """Run a command to its end, whatever becomes of the watch. Rows go to table, an open file. Returns (summary, what stopped the
+    rows or None)."""
     signals, problem, rows = [], None, csv.writer(table)
     rows.writerow(COLUMNS)
     meter = _tegrastats(interval_s)
@@ -255,16 +280,15 @@ def run(words, interval_s, table, stdout=None):
             while child.poll() is None:
                 _pass_on(signals, child)
                 try:
+                    row = watch.sample(_latest(meter))
                     if not problem:
-                        row = watch.sample(_latest(meter))
                         rows.writerow(["%.3f" % v if isinstance(v, float) else v for v in map(row.get, COLUMNS)])
-                except Exception as exc:  # a full disk ends the watch, not the command
+                except Exception as exc:  # a full disk ends the rows, not the command
                     problem = exc
                 due = max(due + interval_s, time.monotonic())
                 time.sleep(max(0.0, due - time.monotonic()))
-            if problem:
-                raise problem
             summary = watch.summary(time.time())
+            _count_ended(summary["peak"])
     finally:
         if meter:
             meter.kill()
@@ -275,7 +299,15 @@ def run(words, interval_s, table, stdout=None):
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
     return dict(summary, command=words, exit_code=code,
                 cost={"cpu_s": time.process_time() - cpu_s, "rss_mib": memory.peak_rss_mib(), "samples": samples,
-                      "interval_ms": 1000 * summary["seconds"] / max(samples, 1)})
+                      "interval_ms": 1000 * summary["seconds"] / max(samples, 1)}), problem
+
+
+def _count_ended(peak):
+    """The largest process that ended, however short it was. Before it became the command it was a copy of ours: less than that
+    says nothing."""
+    most, ours = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, memory.peak_rss_mib()
+    if ours is not None and most > ours + 1:
+        peak["hwm_mib"] = max(most, peak["hwm_mib"] or 0.0)
 
 
 def _pass_on(signals, child):

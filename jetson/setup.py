@@ -1,6 +1,7 @@
 """Prepare a board for training and building: swap on disk, no desktop, full power. Undone byte for byte.
 
 Every change is written down in a journal before it is made; undo reads the journal backwards."""
+import contextlib
 import errno
 import json
 import os
@@ -12,10 +13,10 @@ from typing import NamedTuple
 from edge.command import banner, guarded, parse, say
 from edge.errors import BadFile, EdgeError, UsageError, raise_all
 from jetson import board
-from jetson.journal import (DONE, FOLDER, JOURNAL, PART, TO_DO, Step, Tree, call, clear, content, forget, have, inside,
+from jetson.journal import (DONE, FOLDER, JOURNAL, PART, TO_DO, Step, Tree, alone, call, clear, content, forget, have, inside,
                             listed, load, put, remember, rewrite, state_of, unit, unpacked)
 from jetson.memory import read_text
-from jetson.swap import SWAP_FILE, fstab_before, swap_steps, swapped_on
+from jetson.swap import SWAP_FILE, fstab_before, swap_size, swap_steps, swapped_on
 
 TARGET = "/etc/systemd/system/default.target"
 POWER_MODES, POWER_STATUS = "/etc/nvpmodel.conf", "/var/lib/nvpmodel/status"
@@ -179,8 +180,7 @@ def undo(tree, journal):
     problems, restored = [], []
     for record in reversed(journal["records"]):
         try:
-            _put_back(tree, record)
-            restored.append(record["path"])
+            restored += [record["path"]] if _put_back(tree, record) else []
         except (OSError, EdgeError) as exc:
             problems.append("%s: %s" % (record["path"], trouble(exc) if isinstance(exc, OSError) else exc))
         except (KeyError, TypeError, ValueError) as exc:
@@ -191,10 +191,13 @@ def undo(tree, journal):
 
 
 def _put_back(tree, record):
+    """False: what stands there is not ours any more, and stays."""
     step, was = record["step"], record["was"]
     path = inside(tree, record["path"], follow=False)
     if not os.path.isdir(os.path.dirname(path)):
         return say("%s: its folder is no longer there" % record["path"])
+    if step == "swap" and os.path.lexists(path) and swap_size(path) is None:
+        return say("%s was changed since: left as it is" % record["path"])
     if step == "swap" and tree.live and swapped_on(path):
         call("swapoff", path)
     elif step == "fstab":
@@ -209,12 +212,13 @@ def _put_back(tree, record):
     elif step == "clocks" and tree.live and os.path.exists(path):
         call("jetson_clocks", "--restore", path)
     put(path, was)
+    return True
 
 
 def trouble(exc):
     """A refusal of the operating system as an error that says what to do."""
-    cure = {errno.ENOSPC: "the disk is full. Free some space, or type a smaller --swap",
-            errno.EDQUOT: "the disk quota is used up. Free some space, or type a smaller --swap",
+    cure = {errno.ENOSPC: "the disk is full. Free some space and type the command again",
+            errno.EDQUOT: "the disk quota is used up. Free some space and type the command again",
             errno.EFBIG: "the file system takes no file so large. Type a smaller --swap, or another --swap-file",
             errno.EROFS: "the file system is read-only. Mount it for writing, or name another place"}
     return BadFile("cannot use %s: %s" % (exc.filename, cure.get(exc.errno, exc.strerror)))
@@ -242,13 +246,14 @@ def main(argv):
         raise UsageError("this needs root, for system files that it reads and changes. Type: " + typed(tree, *argv))
     banner("setup", "this machine" if tree.live else tree.root, "none")
     try:
-        journal = load(tree)
-        if config.undo:
-            restored = undo(tree, journal)
-        else:
-            steps = plan(config, tree, journal)
-            if config.apply:
-                steps = apply(tree, journal, steps)
+        with alone(tree) if config.apply or config.undo else contextlib.suppress():
+            journal = load(tree)
+            if config.undo:
+                restored = undo(tree, journal)
+            else:
+                steps = plan(config, tree, journal)
+                if config.apply:
+                    steps = apply(tree, journal, steps)
     except BrokenPipeError:
         raise
     except OSError as exc:

@@ -40,10 +40,11 @@ def swap_wanted(config, tree):
         raise UsageError("--swap: %s. Type --swap 4GB, or --swap none to leave swap as it is" % exc) from exc
     if size < LEAST_SWAP:
         raise UsageError("--swap is %s; expected 1MiB or more, such as --swap 4GB" % config.swap)
-    if not re.match(r"/[^\s#\\]*[^\s#\\/]$", config.swap_file):
-        raise UsageError("--swap-file is %r; expected the full path of a file, without blanks, such as %s"
-                         % (config.swap_file, SWAP_FILE))
     path = inside(tree, config.swap_file)
+    for place in (config.swap_file, listed(tree, path)):  # fstab is read by others: what needs no quotes there
+        if not re.fullmatch(r"/[!-~]*[!-~]", place) or {"#", "\\"} & set(place) or place.endswith("/"):
+            raise UsageError("--swap-file is %r; expected the full path of a file, of ASCII characters without blanks, # and \\, such as %s"
+                             % (place, SWAP_FILE))
     if not os.path.isdir(os.path.dirname(path)):
         raise UsageError("--swap-file %s: there is no folder %s. Make it, or name another place"
                          % (config.swap_file, os.path.dirname(path)))
@@ -82,7 +83,7 @@ def _fstab_step(config, tree, swap_file):
         place, text = listed(tree, path), content(path)
         added = ("\n" if text and not text.endswith(b"\n") else "") + line + "\n"
         before = [r["added"] for r in journal["records"] if r["path"] == place and text != unpacked(r["was"])]
-        remember(tree, journal, place, "fstab", added="".join(before) + added)
+        remember(tree, journal, place, "fstab", added=sum(before, []) + [added])
         rewrite(path, text + added.encode())
     return Step("swap at boot", "add '%s' to %s" % (line, FSTAB), "the swap file is in use after the next boot too",
                 ("echo '%s' | sudo tee -a %s" % (line, FSTAB),), state, run)
@@ -90,12 +91,12 @@ def _fstab_step(config, tree, swap_file):
 
 def fstab_before(path, record):
     """The state to put fstab back to: what it was; when others edited it since, what it is without our lines."""
-    was, added = unpacked(record["was"]), record["added"].encode()
-    if content(path) in (was, was + added):
+    was, added = unpacked(record["was"]), [text.encode() for text in record["added"]]
+    if content(path) in [was + b"".join(added[:count]) for count in range(len(added) + 1)]:  # a kill came before the last
         return record["was"]
     say("%s was edited since: only our line is taken out" % record["path"])
-    now = state_of(path)
-    lines = [line for line in unpacked(now).splitlines(True) if line.rstrip(b"\r\n") not in added.splitlines()]
+    now, ours = state_of(path), [text.strip(b"\n") for text in added]
+    lines = [line for line in unpacked(now).splitlines(True) if line.rstrip(b"\r\n") not in ours]
     return dict(now, content=packed(b"".join(lines)))
 
 

@@ -389,6 +389,24 @@ def test_every_board(tmp_path, name, capsys):
         assert found[one].status == "unknown" and "--root" in found[one].found
 
 
+def test_absolute_links_stay_in_the_tree(tmp_path):
+    """As JetPack has them."""
+    root = tree(nano_44(tmp_path), {"/usr/local/cuda-10.2/version.txt": "CUDA Version 10.2.300\n", "/usr/local/cuda-10.2/bin/nvcc": "",
+                                    "/sys/class/hwmon/hwmon4/oc\x1b[31m_event_cnt": "1\n",
+                                    "/var/log/kern.log": "Memory cgroup out of memory: Killed process 7 (python3)\n"},
+                {"/usr/local/cuda": "/etc/alternatives/cuda", "/etc/alternatives/cuda": "/usr/local/cuda-10.2"})
+    for name, goal in (("proc/device-tree", "/sys/firmware/devicetree/base"), ("etc/nvpmodel.conf", "/etc/nvpmodel/nano.conf")):
+        os.makedirs(os.path.dirname(root + goal), exist_ok=True)
+        os.rename(os.path.join(root, name), root + goal)
+        os.symlink(goal, os.path.join(root, name))
+    os.symlink("/a", root + "/a")
+    facts = board.facts(root)
+    assert facts["model"].startswith("NVIDIA Jetson Nano") and facts["power_mode"]["name"] == "5W"
+    assert facts["cuda"] == {"version": "10.2.300", "nvcc": "/usr/local/cuda/bin/nvcc"}
+    assert facts["alarms"]["oc?[31m"] == 1 and facts["alarms"]["killed"] == 1
+    assert board.read(root, "/a/b") is None and board._paths(root, "/a/*") == []
+
+
 def test_nano_44_is_ill(tmp_path, capsys):
     root = nano_44(tmp_path)
     found = verdicts(root)

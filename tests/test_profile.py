@@ -19,9 +19,9 @@ HOLD = ("import mmap, time; m = mmap.mmap(-1, %d << 20, mmap.MAP_PRIVATE | mmap.
         "[m.__setitem__(at, 1) for at in range(0, len(m), 4096)]; ")  # MiB, every page touched
 
 
-def watched(folder, *words, **options):
+def watched(folder, *words, interval=20, **options):
     """Profile a command. Returns (process, summary, rows of samples.csv)."""
-    done = command("jetson", "profile", "--out", folder / "out", "--interval", 20, "--", *words, **options)
+    done = command("jetson", "profile", "--out", folder / "out", "--interval", interval, "--", *words, **options)
     with open(str(folder / "out" / "summary.json")) as handle:
         summary = json.load(handle)
     with open(str(folder / "out" / "samples.csv"), newline="") as handle:
@@ -199,7 +199,7 @@ def test_json_and_tegrastats(tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_full_disk_ends_the_watch_not_the_command(tmp_path):
+def test_a_full_disk_ends_the_rows_not_the_command(tmp_path):
     class Full:
         written = 0
 
@@ -209,9 +209,35 @@ def test_a_full_disk_ends_the_watch_not_the_command(tmp_path):
                 raise OSError(errno.ENOSPC, "full")
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(OSError, match="full"):
-        profile.run(["sh", "-c", "sleep 0.3; touch %s/done" % tmp_path], 0.02, Full())
+    summary, problem = profile.run(["sh", "-c", "sleep 0.3; touch %s/done" % tmp_path], 0.02, Full())
+    assert problem.errno == errno.ENOSPC and summary["peak"]["rss_mib"] > 0 and summary["cost"]["samples"] > 3
     assert (tmp_path / "done").exists() and signal.getsignal(signal.SIGINT) == before
+
+
+def test_figures_are_shown_when_they_cannot_be_written(tmp_path, monkeypatch, capfd):
+    def full(*_words):
+        raise OSError(errno.ENOSPC, "No space left on device", "memory.png")
+    monkeypatch.setattr(profile, "draw", full)
+    assert profile.main(["--out", str(tmp_path), "--", "sh", "-c", "exit 4"]) == 5
+    err = capfd.readouterr().err
+    assert "exit code 4" in err and "VmHWM" in err and "disk is full" in err
+
+
+def test_a_peak_between_two_samples(tmp_path):
+    _done, summary, _rows = watched(tmp_path, sys.executable, "-c", "import time; time.sleep(0.1); b'x' * (300 << 20)", interval=1000)
+    assert 300 < summary["peak"]["hwm_mib"] < 340 and summary["peak"]["rss_mib"] < 100
+
+
+def test_two_profiles_at_once(tmp_path):
+    """The same second, no --out: a folder each. The same --out: the second is refused, the first goes on."""
+    inner = [sys.executable, "-m", "jetson", "profile", "--"]
+    done = command("jetson", "profile", "--", *inner + ["sh", "-c", "exit 3"], cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    folders = os.listdir(str(tmp_path / "runs" / "profile"))
+    assert len(folders) == 2 and all((tmp_path / "runs" / "profile" / name / "summary.json").exists() for name in folders)
+    done = command("jetson", "profile", "--out", "one", "--", *inner[:-1] + ["--out", "one", "--", "true"], cwd=tmp_path)
+    assert done.returncode == 2 and "another profile writes to one" in done.stderr
+    assert (tmp_path / "one" / "summary.json").exists()
 
 
 def test_no_pillow_no_picture(tmp_path, monkeypatch, capfd):
