@@ -18,7 +18,8 @@ def need(name):
     load."""
     try:
         return importlib.import_module(name)
-    except ImportError as exc:
-        raise MissingPart(name, INSTALL.get(name, "python3 -m pip install " + name)) from exc
-    except OSError as exc:  # a Jetson's torch without the libraries that it asks the system for
+    except (ImportError, OSError) as exc:
+        if isinstance(exc, ModuleNotFoundError) and exc.name in (name, name.partition(".")[0]):
+            raise MissingPart(name, INSTALL.get(name, "python3 -m pip install " + name)) from exc
+        # a Jetson's torch without the libraries that it asks the system for, or without memory
         raise UsageError("the package %r does not load: %s. See what it needs: python3 -m jetson doctor" % (name, exc)) from exc

@@ -10,12 +10,14 @@ UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "TB": 10 **
 
 def parse_bytes(text):
     """'4GB' (10^9), '512MiB' (2^20), '1.5G' (2^30), '4000000000' -> bytes, int. Raises ValueError saying what is wrong."""
-    match = re.match(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*$", text)
+    match = re.match(r"^\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([a-zA-Z]*)\s*$", text)
     if not match or match.group(2).upper() not in UNITS:
         raise ValueError("%r is no amount of memory; expected a number and a unit, such as 4GB, 512MiB or 1.5G" % text)
     size = int(float(match.group(1)) * UNITS[match.group(2).upper()])
     if size <= 0:
         raise ValueError("%r is nothing; expected more than 0, such as 4GB" % text)
+    if size < 1 << 10 and not match.group(2):
+        raise ValueError("%r is a few bytes; expected a unit, such as %sGB" % (text, match.group(1)))
     return size
 
 

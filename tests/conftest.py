@@ -87,6 +87,15 @@ def peaks_kib(read, code, words, runs, between=lambda: None):
     return sorted(int(said(read + code + PEAK)) for _ in range(runs))
 
 
+def alive(pid):
+    """Whether a process runs; one that its new parent has not reaped yet does not."""
+    try:
+        with open("/proc/%d/stat" % pid) as handle:
+            return handle.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def write_set(folder, count=3, height=40, width=56, seed=0, classes=2):
     """A set in the layout images + masks: noise with a bright disc that the mask marks. Returns the folder's path."""
     rng = np.random.RandomState(seed)

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import command, write_set
+from conftest import alive, command, write_set
 from edge import images
 from edge.errors import BadFile, MissingPart, OverBudget, UsageError
 from jetson import memory
@@ -101,7 +104,8 @@ def test_what_a_gpu_holds_counts_on_a_jetson(monkeypatch):
 
 @pytest.mark.parametrize("exc, ours", [
     (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried to allocate 2.00 MiB"), True), (ValueError("out of memory"), False),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True), (RuntimeError("NvMapMemAllocInternalTagged: 1 error 12"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True), (RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True), (RuntimeError("NvMapMemAllocInternalTagged: 1 error 12"), True),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True), (RuntimeError("shape mismatch"), False)])
 def test_words_for_memory_that_ran_out(exc, ours):
     assert device.out_of_memory(exc) == ours
@@ -133,7 +137,7 @@ def test_no_budget_is_what_the_machine_has_left(monkeypatch):
     assert plan.budget("", CPU).free_mib == float("inf") and plan.budget("1MiB", CPU).free_mib == 1
 
 
-@pytest.mark.parametrize("text", ["4 potatoes", "-1GB", "0", "0.0GB", "GB", "1e3MB", "4 GB of it"])
+@pytest.mark.parametrize("text", ["4 potatoes", "4", "9" * 400, "-1GB", "0", "0.0GB", "GB", "1e3MB", "4 GB of it"])
 def test_budget_refuses_and_names_what_to_type(text):
     with pytest.raises(UsageError, match="--budget: .*such as 4GB"):
         plan.budget(text, CPU)
@@ -241,6 +245,36 @@ def test_apart_brings_back_values_and_errors():
     before = memory.rss_mib()
     assert plan.apart(lambda unseen: [np.ones(200 << 17), memory.rss_mib()][1]) > 200
     assert abs(memory.rss_mib() - before) < 5
+
+
+def test_apart_dies_of_what_its_fork_dies_of():
+    """A library for another processor: the supervisor has the words for it."""
+    code = "from train_lite import plan; import os, signal; plan.apart(lambda unseen: os.kill(os.getpid(), signal.SIGILL)); print('went on')"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert done.returncode == -signal.SIGILL and not done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_is_apart_ends_with_us(number, tmp_path):
+    code = ("from train_lite import plan; import os, sys, time\n"
+            "plan.apart(lambda unseen: [open(sys.argv[1] + '.part', 'w').write(str(os.getpid())), os.rename(sys.argv[1] + '.part', sys.argv[1]), time.sleep(60)])")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.wait()
+    for _ in range(100):  # its parent is gone: somebody else reaps it
+        if not alive(int((tmp_path / "pid").read_text())):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the fork lives on")
+
+
+def test_a_chunk_that_never_fits_names_the_budget_that_would(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan, "confirm", lambda *_words: 1000.0)
+    assert here("--data", write_set(tmp_path / "set", 4, 160, 200), "--out", tmp_path / "runs", "--budget", "900MB", *SMALL) == 3
+    assert "The smallest budget that would do: --budget 1104MB, or take a smaller --width" in capsys.readouterr().err
 
 
 def test_an_estimate_that_the_kernel_kills_is_over_budget(monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, alive
 from edge import sinks
 from edge.errors import BadFile, MissingElement
 from edge.sinks import recording
@@ -261,15 +261,6 @@ def encoders_of(pid):
         except OSError:
             pass
     return found
-
-
-def alive(pid):
-    """Whether a process runs; one that its new parent has not reaped yet does not."""
-    try:
-        with open("/proc/%d/stat" % pid) as handle:
-            return handle.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.slow

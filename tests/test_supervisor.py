@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import ROOT, command, rest_slow, write_set
+from conftest import ROOT, alive, command, rest_slow, write_set
 from jetson.memory import field_mib, read_text
 from train_lite import __main__ as supervisor
 from train_lite import checkpoint
@@ -296,7 +296,10 @@ def nano_sim(*words):
 
 def test_nano_sim_says_what_is_wrong(tmp_path):
     for words, said in ((["no-such-command"], "no command no-such-command"), ([], "what to run is missing"),
-                        (["--swap-folder", str(tmp_path / "none"), "true"], "is no folder"), (["--memory", "4 apples", "true"], "apples")):
+                        (["--swap-folder", str(tmp_path / "none"), "true"], "is no folder"), (["--memory", "4 apples", "true"], "apples"),
+                        (["--idle", "5GB", "true"], "--idle 5GB leaves"), (["--memory", "1MB", "true"], "16 MiB or more"),
+                        (["--swap", "100kB", "true"], "1MiB or more"), (["--python", "/none/python", "true"], "is no program"),
+                        (["--json", str(tmp_path / "none" / "a.json"), "true"], "cannot write --json")):
         done = nano_sim(*words)
         assert done.returncode == 2 and said in done.stdout and "Traceback" not in done.stdout, done.stdout
 
@@ -311,6 +314,28 @@ def test_nano_sim_leaves_nothing(tmp_path):
     assert not glob.glob("/sys/fs/cgroup/**/" + group, recursive=True)
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["simulated"] and facts["limit_mib"] == 100 and facts["oom_kills"] == 0
+
+
+def test_nano_sim_killed_leaves_nothing_for_long(tmp_path):
+    """Its command ends with it; group and swap file when it is run again."""
+    told, words = tmp_path / "told", ["--memory", "100MiB", "--swap", "1MiB", "--swap-folder", str(tmp_path)]
+    with open(str(told), "wb") as out:
+        first = subprocess.Popen([sys.executable, os.path.join(ROOT, "scripts", "nano-sim")] + words + [
+            "sh", "-c", "echo $$; cat /proc/self/cgroup; exec sleep 100"], stdout=out, stderr=subprocess.STDOUT)
+    for _ in range(200):
+        time.sleep(0.05)
+        if first.poll() is not None or told.read_text().count("\n") > 2:
+            break
+    if first.poll() is not None:
+        pytest.skip("no memory control groups or swap here: %s" % told.read_text().strip())
+    first.kill()
+    first.wait()
+    pid, group = int(told.read_text().split()[0]), re.search(r"nano-sim-\d+", told.read_text()).group(0)
+    done = nano_sim(*words + ["true"])
+    assert done.returncode == 0, done.stdout
+    assert not alive(pid) and not glob.glob("/sys/fs/cgroup/**/" + group, recursive=True)
+    with open("/proc/swaps") as swaps:
+        assert os.listdir(str(tmp_path)) == ["told"] and str(tmp_path) not in swaps.read()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, real_data
+from conftest import ROOT, alive, real_data
 from edge.errors import BadFile, EdgeError, MissingPart, NoCamera, UsageError
 from edge.sources import cameras, open_source, pipelines, uri, video
 
@@ -455,11 +455,7 @@ def test_the_child_dies_with_us():
     process.stdout.close()
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        try:
-            with open("/proc/%d/stat" % pid) as handle:
-                if handle.read().rpartition(")")[2].split()[0] == "Z":
-                    return  # dead: its new parent has not reaped it yet
-        except OSError:
+        if not alive(pid):
             return
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)

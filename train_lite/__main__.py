@@ -14,7 +14,7 @@ from jetson.memory import oom_kills
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, RUN_PIPE, TrainConfig, check
 
 FRUITLESS = 3        # times in a row that a training may be killed without a new checkpoint before we give up
-FRUITLESS_SHORT = 7  # the same when memory was short: it has that many notches to go down
+FRUITLESS_SHORT = 15  # the same when memory was short in the training itself: more notches than plan.ladder() ever has
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ILLEGAL = ("A package was built for another processor. On a Nano that is numpy's OpenBLAS; type: export OPENBLAS_CORETYPE=ARMV8, then the "
@@ -38,7 +38,7 @@ def main(argv):
         short = code == RETRY_SMALLER or not kills or oom_kills() != kills
         saved = _saved(folder)
         fruitless, progress = fruitless + 1 if saved == progress else 1, saved
-        if fruitless > (FRUITLESS_SHORT if short else FRUITLESS):
+        if fruitless > (FRUITLESS_SHORT if short and held else FRUITLESS):
             raise OverBudget("the training %s %d times without getting further. %s" % (
                 "ran out of memory" if short else "was killed", fruitless,
                 "Go on by hand: python -m train_lite --resume %s" % folder if folder else

@@ -11,7 +11,9 @@ MIB = 2.0 ** 20
 # of a process that has used torch with cuDNN on a Jetson, beside torch's host part: JetPack 4's logs, never measured by us
 JETSON_CUDA_MIB = 1000.0
 OUT_OF_MEMORY = ("out of memory", "memoryerror", "unable to allocate", "can't allocate memory", "cannot allocate memory",
-                 "cudnn_status_alloc_failed", "cublas_status_alloc_failed", "nvmapmem", "defaultcpuallocator", "bad_alloc")
+                 "cudnn_status_alloc_failed", "cublas_status_alloc_failed", "nvmapmem", "defaultcpuallocator", "bad_alloc",
+                # what cuDNN and cuBLAS say when there is no room for their workspace
+                "valid cudnn algorithm", "cudnn_status_not_initialized", "cublas_status_not_initialized")
 
 
 def pick(config):

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import signal
 from typing import NamedTuple
 
 import torch
@@ -261,12 +262,13 @@ def apart(function):
     """function(unseen) in a fork of this process, so that its memory goes when it ends and leaves no holes in ours.
     unseen: MiB of our libraries that are not resident in the fork until it touches them. Returns what it returned (JSON),
     or None when the fork was killed, as by the kernel for want of memory; raises what it raised: an OSError, an EdgeError, all else as
-    RuntimeError."""
+    RuntimeError. Dies of what else the fork dies of, so that the supervisor names it. The fork ends with us."""
     resident = rss_mib() or 0.0
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             os.close(reading)
             os.environ.pop(phases.VARIABLE, None)  # a trial is no phase of the training
             torch.set_num_threads(1)  # the others did not survive the fork
@@ -283,9 +285,17 @@ def apart(function):
         finally:
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as handle:
-        text = handle.read()
-    os.waitpid(pid, 0)
+    try:
+        with os.fdopen(reading) as handle:
+            text = handle.read()
+        status = os.waitpid(pid, 0)[1]
+    except BaseException:  # Ctrl-C: what it computes nobody wants any more, and its memory is wanted
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
     answer = json.loads(text) if text else {"value": None}
     if "Autograd-and-Fork" in answer.get("error", ""):
         return function(0.0)  # a Python that has trained before, and a torch that then refuses to in a fork

@@ -1,5 +1,6 @@
 """One training, from flags to report, in the process that holds torch. __main__ starts it and looks after it."""
 import json
+import math
 import os
 import shlex
 import signal
@@ -189,6 +190,7 @@ def _settle(config, candidates, allowed, classes, stored, device):
     from train_lite.device import hold
     from train_lite.tasks.problem import task
     hold(device, allowed.free_mib)
+    least = float("inf")
     for notch, predicted in candidates:
         if notch.tight:
             plan.tighten()
@@ -199,10 +201,13 @@ def _settle(config, candidates, allowed, classes, stored, device):
             if config.budget and measured:
                 say("one chunk measured: %.0f MiB at the peak, %.0f predicted" % (measured, predicted))
             return config, problem
+        least = min(least, measured or least)
         took = "was killed" if measured is None else "takes %.0f MiB at the peak" % measured
         say("one chunk %s, %.0f MiB are free; one notch smaller" % (took, allowed.free_mib))
-    raise OverBudget("one chunk %s; %.0f MiB are free. Close other programs, add memory, or take %s"
-                     % (took, allowed.free_mib, notch.smaller_net()))
+    enough = (least + 2) * plan.MARGIN
+    raise OverBudget("one chunk %s; %.0f MiB are free. %s, or take %s" % (
+        took, allowed.free_mib, "The smallest budget that would do: --budget %dMB" % math.ceil(enough * plan.MIB / 1e6)
+        if config.budget and enough <= allowed.machine_mib else "Close other programs, add memory", notch.smaller_net()))
 
 
 def _known(value):
