@@ -3,6 +3,7 @@ import re
 from typing import NamedTuple
 
 from edge.errors import UsageError
+from jetson.memory import parse_bytes
 
 SUPERVISOR_MIB = 14  # what the supervisor holds beside the training
 CLASSIFIERS = ("resnet50", "mobilenetv2")
@@ -246,8 +247,18 @@ def _check_ranges(config):
         raise UsageError("--deform-width is %d, expected a multiple of 4, such as 32" % config.deform_width)
     if not (config.gamma >= 0 or config.gamma == -1):
         raise UsageError("--gamma is %s, expected 0 or more, or -1 for the edge loss's own" % config.gamma)
+    if config.budget:
+        budget_mib(config.budget)
     if config.density > 512:
         raise UsageError("--density is %d, expected 512 or less: it says where to look, not what is there" % config.density)
+
+
+def budget_mib(text):
+    """MiB of a --budget. Raises UsageError."""
+    try:
+        return parse_bytes(text) / 2.0 ** 20
+    except ValueError as exc:
+        raise UsageError("--budget: %s" % exc) from exc
 
 
 def _given(config, names):

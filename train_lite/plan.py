@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from edge import errors
-from edge.errors import OverBudget, UsageError
+from edge.errors import OverBudget
 from jetson import phases
-from jetson.memory import parse_bytes, rss_mib
-from train_lite.config import SUPERVISOR_MIB, micro_batch, mode_settings, patch_step
+from jetson.memory import rss_mib
+from train_lite.config import SUPERVISOR_MIB, budget_mib, micro_batch, mode_settings, patch_step
 from train_lite.device import JETSON_CUDA_MIB, Peak, memory_mib, out_of_memory, own_memory
 from train_lite.models.recompute import recompute
 from train_lite.optimizer import STATE_BYTES
@@ -193,10 +193,7 @@ def budget(text, device):
     desktop card, of the card's."""
     machine, used = memory_mib(device)
     used = used or 0.0
-    try:
-        total = parse_bytes(text) / MIB if text else machine
-    except ValueError as exc:
-        raise UsageError("--budget: %s" % exc) from exc
+    total = budget_mib(text) if text else machine
     if total is None:  # a system that does not say how much memory it has
         return Budget(text, float("inf"), used, float("inf"))
     free = float("inf") if machine is None else machine - used
