@@ -262,31 +262,31 @@ def budget_mib(text):
 
 
 def _given(config, names):
-    """(name, flag as it was typed) of those that are not at their default."""
-    return [(name, "--%s %s" % (name.replace("_", "-"), getattr(config, name))) for name in names
+    """Those that are not at their default, as they were typed."""
+    return ["--%s %s" % (name.replace("_", "-"), getattr(config, name)) for name in names
             if getattr(config, name) != getattr(TrainConfig(), name)]
 
 
 def _check_use(config):
     """Flags that ask for what another flag rules out."""
     if config.gradient == "exact":
-        for _name, word in _given(config, ("patches", "inner", "draw", "fill")):
+        for word in _given(config, ("patches", "inner", "draw", "fill")):
             raise UsageError("--gradient exact and %s: every patch is in every step; leave one out" % word)
     if config.mode != "patch" and config.global_patch != "none":
-        for _name, word in _given(config, ("global_patch",)):
+        for word in _given(config, ("global_patch",)):
             raise UsageError("--mode %s and %s: that is without a global patch; leave one out" % (config.mode, word))
     if config.norm != "group":
-        for _name, word in _given(config, ("freeze_at",)):
+        for word in _given(config, ("freeze_at",)):
             raise UsageError("--norm %s and %s: it is group norms that freeze on the way; leave one out" % (config.norm, word))
     if config.norm == "batch" or config.norm == "group" and config.freeze_at == 1:
-        for _name, word in _given(config, ("freeze",)):
+        for word in _given(config, ("freeze",)):
             raise UsageError("%s without --freeze-at: nothing would be frozen. Add --freeze-at 0.5, or leave it out" % word)
 
 
 def _check_sampler(config):
     if config.sampler == "none":
         if not config.resume:
-            for _name, word in _given(config, OF_SAMPLERS):
+            for word in _given(config, OF_SAMPLERS):
                 raise UsageError("%s without --sampler: nets of patches have no use for it. Add --sampler deform, or leave it out" % word)
         return
     task_size(config)
@@ -295,7 +295,7 @@ def _check_sampler(config):
                          % (config.sampler, config.model, " and ".join(PLAIN)))
     if config.mode != "patch":
         raise UsageError("--sampler %s and --mode %s: a sampler takes the place of patches; leave one out" % (config.sampler, config.mode))
-    for _name, word in _given(config, OF_PATCHES):
+    for word in _given(config, OF_PATCHES):
         raise UsageError("--sampler %s and %s: the net sees all samples at once, there are no patches behind them; leave one out"
                          % (config.sampler, word))
 
