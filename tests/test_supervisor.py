@@ -289,6 +289,24 @@ def test_a_resumed_run_that_fails_at_once_gives_up(fault, place):
     assert code == 3 and starts <= 8, text
 
 
+def test_a_pause_is_one_for_the_training_too(place):
+    """Ctrl-Z and fg."""
+    process = start(place, *new_run("pause"))
+    child = child_at(place, "pause", 3, process)
+
+    def states():
+        return {read_text("/proc/%d/stat" % pid).rpartition(")")[2].split()[0] for pid in (process.pid, child)}
+
+    for number, wanted in ((signal.SIGTSTP, {"T"}), (signal.SIGCONT, set("RSD"))):
+        os.kill(process.pid, number)
+        for _ in range(100):
+            if states() <= wanted:
+                break
+            time.sleep(0.05)
+        assert states() <= wanted
+    assert ended(place, process)[0] == 0
+
+
 def nano_sim(*words):
     return subprocess.run([sys.executable, os.path.join(ROOT, "scripts", "nano-sim")] + list(words), stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)

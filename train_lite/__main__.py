@@ -73,7 +73,13 @@ def _run(words):
         env["LC_ALL"] = "C.UTF-8"
     child = subprocess.Popen([sys.executable, "-m", "train_lite.run"] + words, preexec_fn=prepare, pass_fds=[writing], env=env)
     os.close(writing)
-    with on_signals(lambda got, _frame: child.send_signal(got), *STOPS), open(reading, "rb", 0) as told:
+
+    def pause(_number, _frame):  # Ctrl-Z
+        child.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until somebody types fg or bg
+        child.send_signal(signal.SIGCONT)
+
+    with on_signals(lambda got, _frame: child.send_signal(got), *STOPS), on_signals(pause, signal.SIGTSTP), open(reading, "rb", 0) as told:
         code = child.wait()
         os.set_blocking(reading, False)  # what it left running may hold the other end
         said = told.read(1 << 16) or b""
