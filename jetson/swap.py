@@ -41,9 +41,9 @@ def swap_wanted(config, tree):
     if size < LEAST_SWAP:
         raise UsageError("--swap is %s; expected 1MiB or more, such as --swap 4GB" % config.swap)
     path = inside(tree, config.swap_file)
-    for place in (config.swap_file, listed(tree, path)):  # fstab is read by others: what needs no quotes there
-        if not re.fullmatch(r"/[!-~]*[!-~]", place) or {"#", "\\"} & set(place) or place.endswith("/"):
-            raise UsageError("--swap-file is %r; expected the full path of a file, of ASCII characters without blanks, # and \\, such as %s"
+    for place in (config.swap_file, listed(tree, path)):  # it goes into fstab, and into commands to copy
+        if not re.fullmatch(r"/[\w./+-]*[\w.+-]", place, re.ASCII):
+            raise UsageError("--swap-file is %r; expected the full path of a file, of letters, digits and . _ + - /, such as %s"
                              % (place, SWAP_FILE))
     if not os.path.isdir(os.path.dirname(path)):
         raise UsageError("--swap-file %s: there is no folder %s. Make it, or name another place"

@@ -459,7 +459,7 @@ def test_sizes_that_are_none(nano, capsys, size):
     assert picture(nano) == before
 
 
-@pytest.mark.parametrize("place", ["relative.swap", "/mnt/with blank", "/mnt/", "", "/no/a.swap", "/mnt/a#b", "/mnt", "/mnt/x\n", "/mnt/\u00fc.swap", "/mnt/\udcff"])
+@pytest.mark.parametrize("place", ["relative.swap", "/mnt/with blank", "/mnt/", "", "/no/a.swap", "/mnt/a#b", "/mnt", "/mnt/x\n", "/mnt/\u00fc.swap", "/mnt/\udcff", "/mnt/$(reboot)"])
 def test_places_that_are_none(nano, capsys, place):
     before = picture(nano)
     assert run(nano, "--apply", "--swap-file", place) == 2
