@@ -377,8 +377,8 @@ def test_wrong_size_in_the_stream(tidy):
     next(source)
     health = source.health()
     source.close()
-    # the new size is said beside the pipe, so it may be heard, and acted on, before the last frames of the old one are read
-    assert sizes[0] == 64 and set(sizes) <= {64, 32} and health["restarts"] >= 1 and health["last_fault"] == "wrong size"
+    # the new size is said beside the pipe, so on a busy machine it is heard, and acted on, before frames of the old one are read
+    assert set(sizes) <= {64, 32} and health["restarts"] >= 1 and health["last_fault"] == "wrong size"
 
 
 @pytest.mark.slow
