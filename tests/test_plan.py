@@ -205,22 +205,24 @@ import sys
 from jetson import memory
 from train_lite.data import store
 from train_lite.data.dataset import Pair
-path, cache = sys.argv[1:]
+path, cache, resize_px = sys.argv[1:]
 before = memory.rss_mib()
 assert memory.reset_peak()
-store.ingest([Pair("x", path, "", "train")], None, "none", 0, cache, 1, None, 0, [])
+store.ingest([Pair("x", path, "", "train")], None, "long", int(resize_px), cache, 1, None, 0, [])
 print(memory.peak_rss_mib(since_reset=True) - before)
 """
 
 
-@pytest.mark.parametrize("name, height, width", [("whole.jpg", 4000, 5000), ("banded.png", 900, 20000)])
-def test_reading_takes_what_is_predicted(name, height, width, tmp_path):
+@pytest.mark.parametrize("name, height, width, resize_px", [("whole.jpg", 4000, 5000, 5000), ("banded.png", 900, 20000, 10000)])
+def test_reading_takes_what_is_predicted(name, height, width, resize_px, tmp_path):
     path = str(tmp_path / name)
     noise = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
     Image.fromarray(noise).save(path, **({"compress_level": 0} if "png" in name else {}))
-    took = float(subprocess.check_output([sys.executable, "-c", READING, path, str(tmp_path / "cache")], env=dict(os.environ, PYTHONPATH=ROOT)))
+    # a threshold that stays: glibc moves its own, and where the bands then lie in the heap costs up to a third, by luck
+    env = dict(os.environ, PYTHONPATH=ROOT, MALLOC_MMAP_THRESHOLD_="65536")
+    took = float(subprocess.check_output([sys.executable, "-c", READING, path, str(tmp_path / "cache"), str(resize_px)], env=env))
     predicted = estimate(headers=(images.photo_header(path),))["loader"]
-    assert 0.75 < predicted / took < 1.6  # least for images that are resized on the way
+    assert 0.8 < predicted / took < 1.6
 
 
 @pytest.mark.parametrize("model, share", [("unet", 0.43), ("deeplabv3", 0.9)])
