@@ -400,7 +400,7 @@ print(peak_rss_mib() - before, small.shape, int(small[0, 0, 0]), int(small[-1, 0
 
 
 def test_large_png_is_read_in_little_memory(tmp_path):
-    """36 megapixels are 108 MB decoded; Pillow 8.4 leaves some bands to the collector (63 MiB seen). The measuring goes on in a fresh process: a peak never falls."""
+    """36 megapixels are 108 MB decoded. The measuring goes on in a fresh process: a peak never falls."""
     path, height, width = str(tmp_path / "large.png"), 12000, 3000
     with images.PngWriter(path, height, width, 3) as png:
         for y in range(0, height, 500):
@@ -412,4 +412,4 @@ def test_large_png_is_read_in_little_memory(tmp_path):
     growth, rest = done.stdout.decode().split(" ", 1)
     shape, first, last = rest.rsplit(" ", 2)
     assert shape == "(256, 256, 3)" and int(first) <= 2 and int(last) >= 252
-    assert float(growth) < 80, "%s MiB" % growth
+    assert float(growth) < 45, "%s MiB" % growth  # 14 to 25 seen: the heap's holes are luck
