@@ -1,8 +1,10 @@
 """What every command does alike: flags from a NamedTuple, exit codes, the first line of output."""
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +18,8 @@ from edge.errors import BadFile, EdgeError, OverBudget, UsageError
 
 LONGEST_NAME = 200  # bytes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)  # before any fork: the new process may not load anything
 SECRET = r"(?i)([\w-]*(?:pass(?!through)|pwd|(?<![a-z])pw|token|secret|apikey|api_key)\w*\s*=\s*)(\"[^\"]*\"|[^&;\s/]+)"
 
 
@@ -119,6 +123,22 @@ def written(path, mode="w", **options):
             os.remove(part)
 
 
+def held(path, **options):
+    """The file `path`, emptied and open for text, which nobody else gets from here until it is closed. Raises BlockingIOError where
+    somebody has it; a file system without locks keeps nobody out."""
+    handle = open(path, "a", encoding="utf-8", **options)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise
+    except OSError:
+        pass
+    if os.path.isfile(path):
+        handle.truncate(0)
+    return handle
+
+
 def sync_folder(folder):
     """What a folder lists reaches the disk; else a power cut could bring the old list back."""
     handle = os.open(folder, os.O_RDONLY)
@@ -149,6 +169,11 @@ def say(text):
 
 def banner(command, device, backend):
     say("nanopatch %s %s | device %s | backend %s" % (__version__, command, device, backend))
+
+
+def end_with_parent():
+    """To be called in a process that was just forked: it is killed when its parent ends, however that ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ comes out of the same memory: the fall of MemAvailable since before the start do
 watch ends with the command, not with what it leaves running. Exit code: the command's; 128 + n when signal n killed
 it."""
 import csv
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from edge.command import banner, guarded, on_signals, parse, say, written
+from edge.command import banner, guarded, held, on_signals, parse, say, written
 from edge.errors import BadFile, UsageError
 from jetson import board, memory, tegrastats
 from jetson.phases import VARIABLE
@@ -224,9 +223,7 @@ def main(argv):
     out = config.out
     try:
         out = _new_folder(out)
-        table = open(os.path.join(out, "samples.csv"), "a", encoding="utf-8", newline="")
-        fcntl.flock(table, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        table.truncate(0)
+        table = held(os.path.join(out, "samples.csv"), newline="")
     except BlockingIOError as exc:
         raise UsageError("another profile writes to %s now. Give another folder: --out FOLDER" % out) from exc
     except OSError as exc:

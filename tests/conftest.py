@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def peaks_kib(read, code, words, runs, between=lambda: None):
 
     said(read)
     return sorted(int(said(read + code + PEAK)) for _ in range(runs))
+
+
+def wait_for(condition, limit_s=30):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def alive(pid):

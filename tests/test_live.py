@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import chromium
-from conftest import ROOT
+from conftest import ROOT, wait_for
 from edge import images
 from edge.cli import EdgeConfig, check
 from edge.cli import main as edge_run
@@ -105,14 +105,6 @@ class Viewer:
     def close(self):
         self.answer.close()
         self.connection.close()
-
-
-def wait_for(condition):
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    pytest.fail("it did not come")
 
 
 # --- address and token ------------------------------------------------------------------------------------------------

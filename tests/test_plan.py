@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, alive, command, write_set
+from conftest import ROOT, alive, command, wait_for, write_set
 from edge import images
 from edge.errors import BadFile, MissingPart, OverBudget, UsageError
 from jetson import memory
@@ -175,6 +175,8 @@ def test_no_budget_helps_a_machine_that_is_too_small():
     with pytest.raises(OverBudget, match="this machine has 3000 MiB free"):  # not the 954 that were asked for
         plan.choose(plan.ladder(config(), CPU), [{"loader": 1, "runtime libraries": 9e3}] * 9, plan.Budget("1GB", 954, 0, 954, 3000))
     assert "--budget" not in str(error.value) and "3000 MiB free. Close other programs" in str(error.value)
+    never = float("inf")  # nothing was measured, on a system that does not say how much memory it has
+    assert plan.smallest_budget(never, plan.Budget("1GB", 954, 0, 954)) == "" and "1104MB" in plan.smallest_budget(1000, plan.Budget("1GB", 954, 0, 954))
 
 
 def test_images_are_read_before_the_net_is_there():
@@ -197,7 +199,7 @@ def test_estimate_grows_with_what_takes_memory():
     even, deform, wider = [plan.estimates(config(sampler=kind, deform_width=width), 1, 256 * 256, [(512, 512, True)], CPU)[0]
                            for kind, width in (("uniform", 32), ("deform", 32), ("deform", 192))]
     assert plan.peak(even) < plan.peak(deform) < plan.peak(wider) - 20
-    assert estimate(headers=((9000, 9000, False),))["loader"] > 9000 * 9000 * 7 / plan.MIB
+    assert estimate(headers=((9000, 9000, False),))["loader"] > 9000 * 9000 * 7.5 / plan.MIB - 1
 
 
 READING = """
@@ -271,11 +273,7 @@ def test_what_is_apart_ends_with_us(number, tmp_path):
         time.sleep(0.05)
     process.send_signal(number)
     process.wait()
-    for _ in range(100):  # its parent is gone: somebody else reaps it
-        if not alive(int((tmp_path / "pid").read_text())):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the fork lives on")
+    wait_for(lambda: not alive(int((tmp_path / "pid").read_text())), 5)  # its parent is gone: somebody else reaps it
 
 
 def test_a_chunk_that_never_fits_names_the_budget_that_would(monkeypatch, tmp_path, capsys):

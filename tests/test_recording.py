@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, alive
+from conftest import ROOT, alive, wait_for
 from edge import sinks
 from edge.errors import BadFile, MissingElement
 from edge.sinks import recording
@@ -241,13 +241,6 @@ def count_lines(out):
         return len(lines_of(os.path.splitext(str(out))[0] + ".jsonl"))
     except (OSError, ValueError):  # a line that is being written
         return 0
-
-
-def wait_for(condition, limit_s=30):
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def encoders_of(pid):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import ROOT, alive, command, rest_slow, write_set
+from conftest import ROOT, alive, command, rest_slow, wait_for, write_set
 from jetson.memory import field_mib, read_text
 from train_lite import __main__ as supervisor
 from train_lite import checkpoint
@@ -299,11 +299,7 @@ def test_a_pause_is_one_for_the_training_too(place):
 
     for number, wanted in ((signal.SIGTSTP, {"T"}), (signal.SIGCONT, set("RSD"))):
         os.kill(process.pid, number)
-        for _ in range(100):
-            if states() <= wanted:
-                break
-            time.sleep(0.05)
-        assert states() <= wanted
+        wait_for(lambda: states() <= wanted, 5)
     assert ended(place, process)[0] == 0
 
 
@@ -340,10 +336,7 @@ def test_nano_sim_killed_leaves_nothing_for_long(tmp_path):
     with open(str(told), "wb") as out:
         first = subprocess.Popen([sys.executable, os.path.join(ROOT, "scripts", "nano-sim")] + words + [
             "sh", "-c", "echo $$; cat /proc/self/cgroup; exec sleep 100"], stdout=out, stderr=subprocess.STDOUT)
-    for _ in range(200):
-        time.sleep(0.05)
-        if first.poll() is not None or told.read_text().count("\n") > 2:
-            break
+    wait_for(lambda: first.poll() is not None or told.read_text().count("\n") > 2, 10)
     if first.poll() is not None:
         pytest.skip("no memory control groups or swap here: %s" % told.read_text().strip())
     first.kill()

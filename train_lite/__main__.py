@@ -2,13 +2,12 @@
 
 This process holds no torch. It starts the training (train_lite.run) and goes on with it from its last checkpoint when it
 is killed, one notch smaller when that was for want of memory."""
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 
-from edge.command import guarded, on_signals, parse, say
+from edge.command import end_with_parent, guarded, on_signals, parse, say
 from edge.errors import OverBudget
 from jetson.memory import oom_kills
 from train_lite.config import CHOICES, HELPS, RETRY_SMALLER, RUN_PIPE, TrainConfig, check
@@ -61,11 +60,9 @@ def _own_words(config):
 def _run(words):
     """Train in a child until it ends. Returns (exit code; negative: the signal that killed it, the run folder that it held last, '' when
     it did not get so far)."""
-    libc = ctypes.CDLL(None)
-
     def prepare():
         os.setpgid(0, 0)           # Ctrl-C in a terminal reaches us only; we pass it on, once
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no training without its supervisor
+        end_with_parent()          # no training without its supervisor
 
     reading, writing = os.pipe()
     env = dict(os.environ, **{RUN_PIPE: str(writing)})

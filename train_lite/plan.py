@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from edge import errors
+from edge.command import end_with_parent
 from edge.errors import OverBudget
 from jetson import phases
 from jetson.memory import rss_mib
@@ -211,12 +212,19 @@ def choose(notches, predicted, allowed, first=0):
                          "%s, or close other programs" % (allowed.free_mib, notches[-1].words(), notches[-1].smaller_net()))
     least = min(map(peak, predicted))
     needs = "training needs %.0f MiB at the least (%s)" % (least * MARGIN, notches[-1].words())
-    enough = (least + 2) * MARGIN  # 2: as two processes differ
-    if not allowed.asked or enough > allowed.machine_mib:
+    budget_words = smallest_budget(least, allowed)
+    if not budget_words:
         raise OverBudget("%s; this machine has %.0f MiB free. Close other programs, or take %s"
                          % (needs, allowed.machine_mib if allowed.asked else allowed.free_mib, notches[-1].smaller_net()))
-    raise OverBudget("%s; --budget %s leaves %.0f MiB. The smallest budget that would do: --budget %dMB" % (
-        needs, allowed.asked, allowed.free_mib, math.ceil(enough * MIB / 1e6)))
+    raise OverBudget("%s; --budget %s leaves %.0f MiB. %s" % (needs, allowed.asked, allowed.free_mib, budget_words))
+
+
+def smallest_budget(least_mib, allowed):
+    """What to type for a training that takes least_mib at the least; '' where no --budget was asked, or the machine has not that much."""
+    enough_mib = (least_mib + 2) * MARGIN  # 2: as two processes differ
+    if not allowed.asked or enough_mib >= allowed.machine_mib:  # neither is known: both are infinite
+        return ""
+    return "The smallest budget that would do: --budget %dMB" % math.ceil(enough_mib * MIB / 1e6)
 
 
 def as_object(notches, chosen, predicted, allowed):
@@ -265,7 +273,7 @@ def apart(function):
     pid = os.fork()
     if pid == 0:
         try:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            end_with_parent()
             os.close(reading)
             os.environ.pop(phases.VARIABLE, None)  # a trial is no phase of the training
             torch.set_num_threads(1)  # the others did not survive the fork

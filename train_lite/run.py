@@ -1,6 +1,5 @@
 """One training, from flags to report, in the process that holds torch. __main__ starts it and looks after it."""
 import json
-import math
 import os
 import shlex
 import signal
@@ -204,10 +203,8 @@ def _settle(config, candidates, allowed, classes, stored, device):
         least = min(least, measured or least)
         took = "was killed" if measured is None else "takes %.0f MiB at the peak" % measured
         say("one chunk %s, %.0f MiB are free; one notch smaller" % (took, allowed.free_mib))
-    enough = (least + 2) * plan.MARGIN
     raise OverBudget("one chunk %s; %.0f MiB are free. %s, or take %s" % (
-        took, allowed.free_mib, "The smallest budget that would do: --budget %dMB" % math.ceil(enough * plan.MIB / 1e6)
-        if config.budget and enough <= allowed.machine_mib else "Close other programs, add memory", notch.smaller_net()))
+        took, allowed.free_mib, plan.smallest_budget(least, allowed) or "Close other programs, add memory", notch.smaller_net()))
 
 
 def _known(value):

@@ -1,5 +1,4 @@
 """Where results go: mask and overlay pictures, JSON lines. Masks are written band by band as they come."""
-import fcntl
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import time
 import numpy as np
 
 from edge import images, scores
+from edge.command import held
 from edge.errors import UsageError
 from edge.warp import reference
 
@@ -43,17 +43,10 @@ def kept_apart(film):
 
 def _lines(path):
     """A new file of results, held: a second edge-run that writes there would spoil both."""
-    handle = open(path, "a", encoding="utf-8")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held(path)
     except BlockingIOError:
-        handle.close()
         raise UsageError("%s is being written by another edge-run; give each an --output of its own" % path) from None
-    except OSError:
-        pass  # a file system without locks
-    if os.path.isfile(path):
-        handle.truncate(0)
-    return handle
 
 
 class Sinks:

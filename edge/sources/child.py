@@ -3,7 +3,6 @@
 The process may hang or crash: it is killed with all that it started, and reaped. Frames come over a pipe of their own, never
 over stdout, for camera drivers print there. Each one is preceded by its length (multipartmux), so that bytes which are lost or
 too many are noticed; stdout tells its size in pixels (gst-launch's -v)."""
-import ctypes
 import fcntl
 import os
 import re
@@ -14,6 +13,7 @@ import time
 
 import numpy as np
 
+from edge.command import end_with_parent
 from edge.errors import DecoderExit, NoFrame, ShortFrame, TornFrame, WrongSize
 from edge.sources.pipelines import missing
 
@@ -25,13 +25,8 @@ KEPT_TEXT = 8192          # last bytes of what the process said
 TAIL_BYTES = 4096
 LOOK_S = 0.2              # between looks at whether we shall stop
 PIPE_BYTES = 1 << 20      # what Linux allows everybody
-F_SETPIPE_SZ, PR_SET_PDEATHSIG = 1031, 1
+F_SETPIPE_SZ = 1031
 CHANNELS = {"RGB": 3, "RGBA": 4, "BGRx": 4}
-LIBC = ctypes.CDLL(None)  # before any fork: the new process may not load anything
-
-
-def _end_with_us():
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _widen(pipe):
@@ -54,7 +49,7 @@ class Process:
             # -f: a crash ends it, instead of waiting for a debugger
             self._process = subprocess.Popen(["gst-launch-1.0", "-f"] + words, stdin=stdin, stdout=subprocess.PIPE,
                                              stderr=subprocess.PIPE, pass_fds=pipes, env=env, start_new_session=True,
-                                             preexec_fn=_end_with_us)
+                                             preexec_fn=end_with_parent)
         except FileNotFoundError as exc:
             raise missing("gst-launch-1.0") from exc
         except OSError as exc:  # no memory to fork, say: it may pass
